@@ -1,0 +1,82 @@
+"""Tests and measures the wheels beside this file. Needs torch, pytest, numpy and pip, no network.
+
+Usage: run.py tests|bench|sanitize [PACKAGE...] [-- ARGUMENT...]
+
+tests     runs the packages' tests; arguments go to pytest
+bench     runs the packages' benchmarks, which write JSON to --output; arguments go to them
+sanitize  runs the packages' compute-sanitizer tests; arguments go to pytest
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BUNDLE = Path(__file__).resolve().parent
+
+
+def parse_arguments(argv: list[str], available: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the parsed arguments and those after `--`."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["tests", "bench", "sanitize"])
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=", ".join(available))
+    parser.add_argument(
+        "--output", type=Path, default=Path("results"), help="where bench writes its JSON"
+    )
+    arguments = parser.parse_args(argv[:split])
+    unknown = sorted(set(arguments.packages) - set(available))
+    if unknown:
+        parser.error(f"no package {', '.join(unknown)} here; there are {', '.join(available)}")
+    return arguments, argv[split + 1 :]
+
+
+def install(target: Path) -> None:
+    """Install every wheel of the bundle into `target`, and nothing that they require."""
+    wheels = sorted((BUNDLE / "wheels").glob("*.whl"))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"),
+            *("--disable-pip-version-check", f"--target={target}", *map(str, wheels)),
+        ],
+        check=True,
+    )
+
+
+def main() -> int:
+    """Run one command for the packages; return 1 when any of it fails, else 0."""
+    available = sorted(path.name for path in (BUNDLE / "packages").iterdir())
+    arguments, rest = parse_arguments(sys.argv[1:], available)
+    packages = arguments.packages or available
+    output = arguments.output.resolve()
+
+    with tempfile.TemporaryDirectory(prefix="stable-kernels-") as target:
+        install(Path(target))
+        environ = {**os.environ, "PYTHONPATH": target}
+
+        def run(*command: str | Path) -> int:
+            print("+", *command, flush=True)
+            return subprocess.run(command, cwd=BUNDLE, env=environ, check=False).returncode
+
+        if arguments.command == "bench":
+            scripts = [BUNDLE / "packages" / p / "benchmarks" / "bench.py" for p in packages]
+            scripts = [script for script in scripts if script.exists()]
+            if not scripts:
+                print(f"no benchmarks in {', '.join(packages)}", file=sys.stderr)
+                return 1
+            codes = [run(sys.executable, s, "--output", output, *rest) for s in scripts]
+        else:
+            selection = ["-k", "sanitizer"] if arguments.command == "sanitize" else []
+            tests = [f"packages/{package}/tests" for package in packages]
+            codes = [run(sys.executable, "-m", "pytest", *selection, *rest, *tests)]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
