@@ -1,0 +1,11 @@
+# find_package(stable_common CONFIG REQUIRED), in a project built by scikit-build-core with the
+# stable_common wheel installed, defines
+#
+#   stable_common_enable_cuda()          a macro: finds the CUDA toolkit of the Python environment and
+#                                        enables the language
+#   stable_common_add_extension(...)     a function: one op library on LibTorch's stable ABI
+#   stable_common_INCLUDE_DIR            the headers
+cmake_minimum_required(VERSION 3.26)
+
+get_filename_component(stable_common_INCLUDE_DIR "${CMAKE_CURRENT_LIST_DIR}/../include" ABSOLUTE)
+include("${CMAKE_CURRENT_LIST_DIR}/StableExtension.cmake")
