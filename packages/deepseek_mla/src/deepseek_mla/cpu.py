@@ -1,0 +1,41 @@
+"""CPU kernels of the operators: the library's argument checks, then the reference.
+
+``deepseek_mla::_check_<op>`` is the check that the CUDA kernels run too, so an error reads the
+same on every device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def _register(name: str, overload: str = "") -> None:
+    implementation = getattr(reference, name)
+    signature = inspect.signature(implementation)
+    check = getattr(torch.ops.deepseek_mla, f"_check_{name}" + (overload and f"_{overload}"))
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor | None:
+        # The dispatcher leaves out arguments that have their default value.
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        outputs = [tensor for tensor in bound.kwargs.values() if tensor is not None]
+        check(*bound.args, *outputs)
+        result: Tensor | None = implementation(*bound.args, **bound.kwargs)
+        return None if outputs else result
+
+    qualified = f"deepseek_mla::{name}" + (overload and f".{overload}")
+    torch.library.impl(qualified, "cpu", kernel)
+
+
+_register("fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert")
+_register("fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert", "out")
+_register("fused_deepseek_v4_kv_rope_insert")
+_register("fused_deepseek_v4_kv_norm_rope_quant_insert")
+_register("fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert")
+_register("fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert")
