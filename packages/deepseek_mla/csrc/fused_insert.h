@@ -38,9 +38,11 @@ enum class CacheFormat {
   kE4M3,
 };
 
-// A tensor of query rows, [num_tokens, num_heads, 512]. Strides are in bytes. A row is stored in
-// pieces of 16 elements, `piece_stride` apart: 32 bytes where rows are dense, more where heads are
-// interleaved.
+// A row of a head is stored in pieces of 16 elements: one after the other where rows are dense, all
+// heads' first pieces, then all heads' second ones and so on where heads are interleaved.
+constexpr int kPieceBytes = 32;
+
+// A tensor of query rows, [num_tokens, num_heads, 512]. Strides are in bytes.
 struct QueryRows {
   void* data = nullptr;
   int64_t token_stride = 0;

@@ -1,4 +1,4 @@
-// Which tuning a call gets, from the figures in benchmarks/results/tuning_h200.json.
+// Which tuning a call gets, from the figures in benchmarks/results/tuning_nvidia_h200.json.
 #include "fused_insert.h"
 
 namespace deepseek_mla {

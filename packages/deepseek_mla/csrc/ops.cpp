@@ -160,7 +160,6 @@ QueryRows query_rows(const Argument& q, const Argument& kv, const Dim& tokens, c
   rows.data = q.tensor().data_ptr();
   if (is_interleaved) {
     q.is_dense_from(0).is_aligned(kRowAlignment);
-    constexpr int64_t kPieceBytes = 32;
     rows.token_stride = q.size(1) * kHeadDim * q.element_size();
     rows.head_stride = kPieceBytes;
     rows.piece_stride = q.size(1) * kPieceBytes;
@@ -169,7 +168,7 @@ QueryRows query_rows(const Argument& q, const Argument& kv, const Dim& tokens, c
     q.is_dense_from(2).is_aligned(is_e4m3 ? kE4M3RowAlignment : kRowAlignment, 2);
     rows.token_stride = q.stride_bytes(0);
     rows.head_stride = q.stride_bytes(1);
-    rows.piece_stride = 32;
+    rows.piece_stride = kPieceBytes;
   }
   return rows;
 }
