@@ -66,10 +66,10 @@ __device__ __forceinline__ void prefetch_inputs(const FusedInsertParams& params,
 
 }  // namespace device
 
-// Blocks of up to 256 threads on a multiprocessor. A lane of 8 holds 128 bytes of its row, a lane
-// of 32 holds 32, and registers follow.
-template <int kLanes>
-constexpr int kMinBlocks = kLanes == 8 ? 4 : 5;
+// Blocks of up to 256 threads on a multiprocessor, which bounds registers to 64 or 48. A lane of 8
+// holds 128 bytes of its row, and a norm's weights take 16 registers.
+template <QueryOutput kOutput, int kLanes>
+constexpr int kMinBlocks = kOutput == QueryOutput::kNone || kLanes == 8 ? 4 : 5;
 
 // The first blocks insert KV rows, a warp each: theirs is the longer chain of dependent loads. The
 // others process query heads, 32 / kLanes a warp, the warps of a token next to each other.
@@ -79,7 +79,7 @@ struct FusedInsertGrid {
 };
 
 template <typename Element, QueryOutput kOutput, int kLanes>
-__global__ void __launch_bounds__(256, kMinBlocks<kLanes>)
+__global__ void __launch_bounds__(256, kMinBlocks<kOutput, kLanes>)
     fused_insert_kernel(const __grid_constant__ FusedInsertParams params, FusedInsertGrid grid,
                         bool prefetch) {
   constexpr int kHeadsPerWarp = device::kWarpSize / kLanes;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(256, kMinBlocks<kLanes>)
 
   if (!has_work) return;
   if (is_kv) {
-    device::insert_kv<Element>(params, token);
+    device::insert_kv<Element, kOutput == QueryOutput::kNone>(params, token);
   } else if constexpr (kOutput != QueryOutput::kNone) {
     device::process_heads<Element, kOutput, kLanes>(params, token, first_head);
   }

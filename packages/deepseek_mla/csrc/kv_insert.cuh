@@ -10,30 +10,44 @@ namespace deepseek_mla::device {
 // are the second ones of the last eight lanes.
 constexpr int kKvChunks = 2;
 
+// The weights of a lane's chunks, in fp32.
+struct NormWeights {
+  float2 pairs[kKvChunks][kChunkElements / 2];
+};
+
 template <typename Element>
-__device__ __forceinline__ void normalize_kv(const FusedInsertParams& params, int lane,
-                                             uint4 (&row)[kKvChunks]) {
-  const float scale = reciprocal_rms(sum_of_squares<Element, kWarpSize>(row), params.eps);
+__device__ __forceinline__ NormWeights load_norm_weights(const FusedInsertParams& params,
+                                                         int lane) {
+  NormWeights weights;
 #pragma unroll
   for (int i = 0; i < kKvChunks; ++i) {
     const int first = (i * kWarpSize + lane) * kChunkElements;
-    float2 weights[4];
     if (params.kv_norm_weight_is_float32) {
       const auto* source = static_cast<const float*>(params.kv_norm_weight) + first;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) weights[w] = reinterpret_cast<const float2*>(source)[w];
+      for (int w = 0; w < 4; ++w) weights.pairs[i][w] = reinterpret_cast<const float2*>(source)[w];
     } else {
       const auto* source = static_cast<const Element*>(params.kv_norm_weight) + first;
       const uint4 packed = stable_common::load_16_bytes(source);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) weights[w] = Packed2<Element>::unpack(word(packed, w));
+      for (int w = 0; w < 4; ++w) weights.pairs[i][w] = Packed2<Element>::unpack(word(packed, w));
     }
+  }
+  return weights;
+}
+
+template <typename Element>
+__device__ __forceinline__ void normalize_kv(uint4 (&row)[kKvChunks], const NormWeights& weights,
+                                             float eps) {
+  const float scale = reciprocal_rms(sum_of_squares<Element, kWarpSize>(row), eps);
+#pragma unroll
+  for (int i = 0; i < kKvChunks; ++i) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const float2 v = Packed2<Element>::unpack(word(row[i], w));
-      word(row[i], w) =
-          Packed2<Element>::pack(make_float2(__fmul_rn(__fmul_rn(v.x, scale), weights[w].x),
-                                             __fmul_rn(__fmul_rn(v.y, scale), weights[w].y)));
+      const float2 weight = weights.pairs[i][w];
+      word(row[i], w) = Packed2<Element>::pack(make_float2(
+          __fmul_rn(__fmul_rn(v.x, scale), weight.x), __fmul_rn(__fmul_rn(v.y, scale), weight.y)));
     }
   }
 }
@@ -145,8 +159,10 @@ __device__ __forceinline__ CacheSlot locate_slot(const FusedInsertParams& params
   return {block, index - block * params.cache_block_size};
 }
 
-// RoPE, quantisation and insert of one token's KV row, by one warp.
-template <typename Element>
+// RoPE, quantisation and insert of one token's KV row, by one warp, after a norm if there are
+// weights for one. Ops that process a query have none: without kMayNormalize, that code is left
+// out.
+template <typename Element, bool kMayNormalize>
 __device__ __forceinline__ void insert_kv(const FusedInsertParams& params, int token) {
   const int64_t position = load_position(params, token);
   const int64_t slot = params.slot_mapping[token];
@@ -165,8 +181,14 @@ __device__ __forceinline__ void insert_kv(const FusedInsertParams& params, int t
 
   const int rope_chunk = (kKvChunks - 1) * kWarpSize + lane - kFirstRopeChunk;
   Rotation rotation;
+  // All loads before the first of them is used: they wait for memory together.
   if (rope_chunk >= 0) rotation = load_rotation(params, position, rope_chunk);
-  if (params.kv_norm_weight != nullptr) normalize_kv<Element>(params, lane, row);
+  const float kv_scale = params.cache_format == CacheFormat::kE4M3 ? *params.kv_scale : 1.0f;
+  if constexpr (kMayNormalize) {
+    if (params.kv_norm_weight != nullptr) {
+      normalize_kv<Element>(row, load_norm_weights<Element>(params, lane), params.eps);
+    }
+  }
   if (rope_chunk >= 0) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -195,7 +217,7 @@ __device__ __forceinline__ void insert_kv(const FusedInsertParams& params, int t
       store_float16<Element, __half>(row, lane, record);
       break;
     case CacheFormat::kE4M3:
-      store_e4m3<Element>(row, lane, record, *params.kv_scale);
+      store_e4m3<Element>(row, lane, record, kv_scale);
       break;
   }
 }

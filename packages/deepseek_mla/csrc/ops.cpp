@@ -152,25 +152,23 @@ const float* scale_pointer(const char* op, const char* name, const Argument& kv,
   return static_cast<const float*>(tensor.data_ptr());
 }
 
+// How rows of heads lie in a contiguous 16-bit tensor.
+QueryRows contiguous_rows(void* data, int64_t num_heads, bool is_interleaved) {
+  constexpr int64_t kRowBytes = kHeadDim * 2;
+  if (!is_interleaved) return {data, num_heads * kRowBytes, kRowBytes, kPieceBytes};
+  return {data, num_heads * kRowBytes, kPieceBytes, num_heads * kPieceBytes};
+}
+
 // Checks rows of heads and returns how they lie. `tokens` is what their number must equal.
 QueryRows query_rows(const Argument& q, const Argument& kv, const Dim& tokens, const Dim& heads,
                      bool is_interleaved) {
   q.has_shape({tokens, heads, kHeadDim}).is_on_device_of(kv);
-  QueryRows rows;
-  rows.data = q.tensor().data_ptr();
-  if (is_interleaved) {
-    q.is_dense_from(0).is_aligned(kRowAlignment);
-    rows.token_stride = q.size(1) * kHeadDim * q.element_size();
-    rows.head_stride = kPieceBytes;
-    rows.piece_stride = q.size(1) * kPieceBytes;
-  } else {
-    const bool is_e4m3 = q.dtype() == ScalarType::Float8_e4m3fn;
-    q.is_dense_from(2).is_aligned(is_e4m3 ? kE4M3RowAlignment : kRowAlignment, 2);
-    rows.token_stride = q.stride_bytes(0);
-    rows.head_stride = q.stride_bytes(1);
-    rows.piece_stride = kPieceBytes;
-  }
-  return rows;
+  const bool is_e4m3 = q.dtype() == ScalarType::Float8_e4m3fn;
+  q.is_dense_from(is_interleaved ? 0 : 2)
+      .is_aligned(is_e4m3 ? kE4M3RowAlignment : kRowAlignment, 2);
+  void* data = q.tensor().data_ptr();
+  if (is_interleaved) return contiguous_rows(data, q.size(1), true);
+  return {data, q.stride_bytes(0), q.stride_bytes(1), kPieceBytes};
 }
 
 void add_query(FusedInsertParams& params, const Argument& q, const Argument& kv, double eps,
@@ -349,7 +347,7 @@ void run(const FusedInsertParams& params, const char* op, const Tensor& tensor) 
   // On the CPU the caller does the work.
   if (params.num_tokens == 0 || !tensor.is_cuda()) return;
   const int32_t device_index = tensor.get_device_index();
-  const stable_common::DeviceGuard guard(device_index);
+  const stable_common::CurrentDevice current(device_index);
   stable_common::DeviceProperties device;
   STD_CUDA_CHECK(stable_common::get_device_properties(device_index, &device));
   check(device.compute_capability >= 80, op,
@@ -385,8 +383,7 @@ Tensor fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(
       {q_in, kv, k_cache, slot_mapping, position_ids, cos_sin_cache, q_head_padded, eps,
        cache_block_size, apply_q_norm, kv_mxfp8, apply_q_rope, is_q_interleaved});
   Tensor q_out = empty_rows(params.num_tokens, params.num_heads_padded, q_in);
-  params.q_out = query_rows(Argument(kQuantInsert, "q_out", q_out),
-                            Argument(kQuantInsert, "kv", kv), "N", "P", is_q_interleaved);
+  params.q_out = contiguous_rows(q_out.data_ptr(), params.num_heads_padded, is_q_interleaved);
   run(params, kQuantInsert, kv);
   return q_out;
 }

@@ -18,6 +18,7 @@ __device__ __forceinline__ void process_heads(const FusedInsertParams& params, i
 
   // First, since the cosines and sines hang on it.
   const int64_t position = params.apply_q_rope ? load_position(params, token) : -1;
+  const float output_scale = kOutput == QueryOutput::kE4M3 ? *params.q_scale : 1.0f;
 
   // Chunk i of this lane is i * kLanes + lane: kLanes is even, so its piece is a fixed step on.
   uint4 row[kChunks];
@@ -42,8 +43,6 @@ __device__ __forceinline__ void process_heads(const FusedInsertParams& params, i
     // A padding head must stay zero whatever eps is.
     if (!is_loaded) scale = 0.0f;
   }
-  const float output_scale = kOutput == QueryOutput::kE4M3 ? *params.q_scale : 1.0f;
-
   constexpr int kOutputBytes = kOutput == QueryOutput::kE4M3 ? 8 : 16;
   char* destination = nullptr;
   int64_t destination_step = 0;

@@ -46,7 +46,7 @@ int64_t compute_capability(int64_t device_index) {
 
 void convert(const Tensor& values, Tensor bytes, Tensor exponents) {
   const int32_t device_index = values.get_device_index();
-  const stable_common::DeviceGuard guard(device_index);
+  const stable_common::CurrentDevice current(device_index);
   stable_common::DeviceProperties device;
   STD_CUDA_CHECK(stable_common::get_device_properties(device_index, &device));
   STD_CUDA_CHECK(launch_convert(

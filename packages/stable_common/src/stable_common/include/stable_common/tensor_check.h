@@ -74,29 +74,64 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+// What a message shows of a tensor. They are formatted only when they are written, so that a check
+// that holds costs a comparison.
+struct ListText {
+  torch::headeronly::IntHeaderOnlyArrayRef values;
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const ListText& list) {
+  stream << "[";
+  const char* separator = "";
+  for (const int64_t value : list.values) {
+    stream << separator << value;
+    separator = ", ";
+  }
+  return stream << "]";
+}
+
+struct Device {
+  int32_t type = 0;
+  int32_t index = -1;
+
+  bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
+  bool operator==(const Device&) const = default;
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const Device& device) {
+  if (device.is_cuda()) return stream << "cuda:" << device.index;
+  return stream << (device.type == aoti_torch_device_type_cpu() ? "cpu" : "neither cuda nor cpu");
+}
+
 // A tensor argument of an op. Each check returns the argument, so that checks chain.
 class Argument {
  public:
   Argument(const char* op, const char* name, const Tensor& tensor)
-      : op_(op),
-        name_(name),
-        tensor_(tensor),
-        sizes_(tensor.sizes()),
-        strides_(tensor.strides()),
-        dtype_(tensor.scalar_type()),
-        is_cuda_(tensor.is_cuda()),
-        device_index_(tensor.get_device_index()) {}
+      : op_(op), name_(name), tensor_(tensor), dtype_(tensor.scalar_type()) {
+    // Each question to libtorch is a call into another library: ask once for what checks ask often.
+    const AtenTensorHandle handle = tensor.get();
+    int64_t rank = 0;
+    int64_t* sizes = nullptr;
+    int64_t* strides = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &rank));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_.type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_.index));
+    sizes_ = {sizes, static_cast<size_t>(rank)};
+    strides_ = {strides, static_cast<size_t>(rank)};
+    element_size_ = static_cast<int64_t>(tensor.element_size());
+  }
 
   const Tensor& tensor() const { return tensor_; }
   const char* name() const { return name_; }
   ScalarType dtype() const { return dtype_; }
-  bool is_cuda() const { return is_cuda_; }
-  int32_t device_index() const { return device_index_; }
   int64_t rank() const { return static_cast<int64_t>(sizes_.size()); }
   int64_t size(int64_t dim) const { return sizes_[dim]; }
   int64_t stride(int64_t dim) const { return strides_[dim]; }
-  int64_t element_size() const { return static_cast<int64_t>(tensor_.element_size()); }
-  int64_t stride_bytes(int64_t dim) const { return stride(dim) * element_size(); }
+  int64_t stride_bytes(int64_t dim) const { return stride(dim) * element_size_; }
+  const Device& device() const { return device_; }
+  ListText shape() const { return {sizes_}; }
 
   template <typename... Parts>
   void require(bool condition, const Parts&... parts) const {
@@ -124,9 +159,8 @@ class Argument {
   }
 
   const Argument& is_on_device_of(const Argument& other) const {
-    require(is_cuda_ == other.is_cuda_ && device_index_ == other.device_index_,
-            "must be on the device of ", other.name_, ", ", other.device_name(), ", got ",
-            device_name());
+    require(device_ == other.device_, "must be on the device of ", other.name_, ", ",
+            other.device(), ", got ", device());
     return *this;
   }
 
@@ -137,7 +171,7 @@ class Argument {
       matches = matches && (d.size == Dim::kAny || d.size == size(dim));
       ++dim;
     }
-    if (!matches) require(false, "must have shape ", shape_text(expected), ", got ", list(sizes_));
+    if (!matches) require(false, "must have shape ", shape_text(expected), ", got ", shape());
     return *this;
   }
 
@@ -153,11 +187,11 @@ class Argument {
     }
     dense = dense || empty;
     if (first_dim == 0) {
-      require(dense, "must be contiguous, got strides ", list(strides_), " for shape ",
-              list(sizes_));
+      require(dense, "must be contiguous, got strides ", ListText{strides_}, " for shape ",
+              shape());
     } else {
       require(dense, "must be contiguous from dimension ", first_dim, " on, got strides ",
-              list(strides_), " for shape ", list(sizes_));
+              ListText{strides_}, " for shape ", shape());
     }
     return *this;
   }
@@ -190,30 +224,11 @@ class Argument {
       overlaps = overlaps || (size(dim) > 1 && stride(dim) < span);
     }
     require(!overlaps || tensor_.numel() == 0, "must not overlap itself, got strides ",
-            list(strides_), " for shape ", list(sizes_));
+            ListText{strides_}, " for shape ", shape());
     return *this;
   }
 
-  std::string device_name() const {
-    return is_cuda_ ? "cuda:" + std::to_string(device_index_)
-                    : (tensor_.is_cpu() ? "cpu" : "other");
-  }
-
-  std::string shape() const { return list(sizes_); }
-
  private:
-  static std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) {
-    std::ostringstream text;
-    text << "[";
-    const char* separator = "";
-    for (const int64_t value : values) {
-      text << separator << value;
-      separator = ", ";
-    }
-    text << "]";
-    return text.str();
-  }
-
   static std::string shape_text(std::initializer_list<Dim> dims) {
     std::ostringstream shape;
     std::ostringstream sources;
@@ -240,11 +255,11 @@ class Argument {
   const char* op_;
   const char* name_;
   const Tensor& tensor_;
+  ScalarType dtype_;
+  Device device_;
   torch::headeronly::IntHeaderOnlyArrayRef sizes_;
   torch::headeronly::IntHeaderOnlyArrayRef strides_;
-  ScalarType dtype_;
-  bool is_cuda_;
-  int32_t device_index_;
+  int64_t element_size_ = 0;
 };
 
 }  // namespace stable_common
