@@ -128,6 +128,12 @@ def test_library_does_not_name_this_machine(probe_library: Path) -> None:
         assert place not in content
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_runtime_error_is_an_exception_without_a_gpu(probe) -> None:
+    with pytest.raises(RuntimeError, match="CUDA"):
+        probe.compute_capability(0)
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -136,6 +142,8 @@ def test_compute_capability(probe) -> None:
     major, minor = torch.cuda.get_device_capability()
     assert probe.compute_capability(torch.cuda.current_device()) == 10 * major + minor
     assert probe.has_driver_function("cuMemCreate")
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        probe.compute_capability(1000)
 
 
 @needs_gpu

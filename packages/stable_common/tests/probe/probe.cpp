@@ -40,7 +40,7 @@ void fail_driver_call(int64_t code) { STABLE_CU_CHECK(static_cast<CUresult>(code
 
 int64_t compute_capability(int64_t device_index) {
   stable_common::DeviceProperties device;
-  STD_CUDA_CHECK(stable_common::get_device_properties(static_cast<int>(device_index), &device));
+  STABLE_CUDA_CHECK(stable_common::get_device_properties(static_cast<int>(device_index), &device));
   return device.compute_capability;
 }
 
@@ -48,14 +48,14 @@ void convert(const Tensor& values, Tensor bytes, Tensor exponents) {
   const int32_t device_index = values.get_device_index();
   const stable_common::CurrentDevice current(device_index);
   stable_common::DeviceProperties device;
-  STD_CUDA_CHECK(stable_common::get_device_properties(device_index, &device));
-  STD_CUDA_CHECK(launch_convert(
+  STABLE_CUDA_CHECK(stable_common::get_device_properties(device_index, &device));
+  STABLE_CUDA_CHECK(launch_convert(
       values.data_ptr(), static_cast<uint8_t*>(bytes.data_ptr()),
       static_cast<int32_t*>(exponents.data_ptr()), static_cast<int>(exponents.numel()),
       values.scalar_type() == ScalarType::BFloat16 ? stable_common::Float16Type::kBFloat16
                                                    : stable_common::Float16Type::kFloat16,
       device.has_programmatic_dependent_launch(), stable_common::current_stream(device_index)));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();  // torch's own, which needs a torch with CUDA
 }
 
 }  // namespace

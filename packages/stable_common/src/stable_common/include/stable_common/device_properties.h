@@ -11,7 +11,6 @@ namespace stable_common {
 struct DeviceProperties {
   int compute_capability = 0;  // 10 * major + minor: 90 is Hopper
   int num_multiprocessors = 0;
-  int max_shared_memory_per_block = 0;  // bytes, with opt-in
 
   bool has_programmatic_dependent_launch() const { return compute_capability >= 90; }
 };
@@ -44,7 +43,6 @@ inline cudaError_t get_device_properties(int device_index, DeviceProperties* pro
       {cudaDevAttrComputeCapabilityMajor, &major},
       {cudaDevAttrComputeCapabilityMinor, &minor},
       {cudaDevAttrMultiProcessorCount, &read.num_multiprocessors},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &read.max_shared_memory_per_block},
   };
   for (const auto& query : queries) {
     const cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, device_index);

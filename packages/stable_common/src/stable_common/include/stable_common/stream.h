@@ -11,14 +11,17 @@
 
 namespace stable_common {
 
-// Makes a device current for as long as this lives. Costs little where it is current already, as it
-// is for nearly all calls.
+// Makes a device current for as long as this lives.
+//
+// Nearly always it is already, and then to make a guard, or to ask torch for its current device,
+// costs more than half of what a launch does. The runtime in this library answers at once, and it
+// is the one that launches go through, so its current device is the one that counts.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device_index) {
-    if (torch::stable::accelerator::getCurrentDeviceIndex() != device_index) {
-      guard_.emplace(device_index);
-    }
+    int current = -1;
+    STABLE_CUDA_CHECK(cudaGetDevice(&current));
+    if (current != device_index) guard_.emplace(device_index);
   }
 
  private:

@@ -2,6 +2,7 @@
 //   deepseek_mla::insert: kv must have shape [N, 512] with N = q_in.size(0) = 17, got [16, 512]
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -107,7 +108,9 @@ inline std::ostream& operator<<(std::ostream& stream, const Device& device) {
 class Argument {
  public:
   Argument(const char* op, const char* name, const Tensor& tensor)
-      : op_(op), name_(name), tensor_(tensor), dtype_(tensor.scalar_type()) {
+      : op_(op), name_(name), tensor_(tensor) {
+    // None reaches an op as a tensor without a value.
+    require(tensor.defined(), "must be a tensor, got None");
     // Each question to libtorch is a call into another library: ask once for what checks ask often.
     const AtenTensorHandle handle = tensor.get();
     int64_t rank = 0;
@@ -118,6 +121,7 @@ class Argument {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_.type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_.index));
+    dtype_ = tensor.scalar_type();
     sizes_ = {sizes, static_cast<size_t>(rank)};
     strides_ = {strides, static_cast<size_t>(rank)};
     element_size_ = static_cast<int64_t>(tensor.element_size());
@@ -211,7 +215,7 @@ class Argument {
   }
 
   // No two elements share memory, so that a kernel may write them in any order: each stride steps
-  // over all that the smaller strides span.
+  // over all that the smaller strides span. A few odd strides that interlock are refused with it.
   const Argument& has_no_overlap() const {
     bool overlaps = false;
     for (int64_t dim = 0; dim < rank(); ++dim) {
@@ -255,7 +259,7 @@ class Argument {
   const char* op_;
   const char* name_;
   const Tensor& tensor_;
-  ScalarType dtype_;
+  ScalarType dtype_ = ScalarType::Undefined;
   Device device_;
   torch::headeronly::IntHeaderOnlyArrayRef sizes_;
   torch::headeronly::IntHeaderOnlyArrayRef strides_;
