@@ -88,10 +88,14 @@ __global__ void __launch_bounds__(256, kMinBlocks<kOutput, kLanes>)
   const int block = blockIdx.x;
   const bool is_kv = kOutput == QueryOutput::kNone || block < grid.num_kv_blocks;
 
-  int token = block * warps_per_block + warp;
+  int token = 0;
   int first_head = 0;
-  if (!is_kv) {
-    const unsigned unit = (block - grid.num_kv_blocks) * warps_per_block + warp;
+  if (is_kv) {
+    token = block * warps_per_block + warp;
+  } else {
+    // Up to 2^31 - 1 warps, and those that fill the last block.
+    const unsigned unit =
+        static_cast<unsigned>(block - grid.num_kv_blocks) * warps_per_block + warp;
     token = unit / static_cast<unsigned>(grid.head_groups_per_token);
     first_head = (unit - token * grid.head_groups_per_token) * kHeadsPerWarp;
   }

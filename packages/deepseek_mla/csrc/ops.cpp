@@ -253,6 +253,8 @@ FusedInsertParams prepare_kv_rope_insert(const Tensor& kv_tensor, const Tensor& 
   FusedInsertParams params;
   const Argument kv = add_kv(params, kKvRopeInsert, kv_tensor);
   add_positions(params, kKvRopeInsert, kv, slot_mapping, position_ids, cos_sin_cache);
+  // Wherever it is ignored, too: a tensor on another device would decide which kernels are called.
+  if (fp8_scale) Argument(kKvRopeInsert, "fp8_scale", *fp8_scale).is_on_device_of(kv);
   const Argument k_cache(kKvRopeInsert, "k_cache", k_cache_tensor);
   if (kv.dtype() == ScalarType::Half) {
     k_cache.has_dtype(
@@ -349,26 +351,32 @@ void run(const FusedInsertParams& params, const char* op, const Tensor& tensor) 
   const int32_t device_index = tensor.get_device_index();
   const stable_common::CurrentDevice current(device_index);
   stable_common::DeviceProperties device;
-  STD_CUDA_CHECK(stable_common::get_device_properties(device_index, &device));
+  STABLE_CUDA_CHECK(stable_common::get_device_properties(device_index, &device));
   check(device.compute_capability >= 80, op,
         "needs a device of compute capability 8.0 or later, got ", device.compute_capability / 10,
         ".", device.compute_capability % 10);
-  STD_CUDA_CHECK(launch_fused_insert(params, choose_tuning(params, device), device,
-                                     stable_common::current_stream(device_index)));
+  STABLE_CUDA_CHECK(launch_fused_insert(params, choose_tuning(params, device), device,
+                                        stable_common::current_stream(device_index)));
 }
 
-Tensor empty_rows(int64_t num_tokens, int64_t num_heads, const Tensor& like) {
+// The result of `op`: [num_tokens, num_heads, 512] like `q`, not initialised.
+Tensor allocate_rows(const char* op, int64_t num_tokens, int64_t num_heads, const Argument& q) {
   const int64_t sizes[] = {num_tokens, num_heads, kHeadDim};
   // Of a contiguous tensor, as torch counts them where a size is zero.
   const int64_t strides[] = {std::max<int64_t>(num_heads, 1) * kHeadDim, kHeadDim, 1};
   int32_t dtype = 0;
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.tensor().get(), &dtype));
   AtenTensorHandle handle = nullptr;
-  // The shim itself: going through the dispatcher costs more than the rest of the call.
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(3, sizes, strides, dtype, device_type,
-                                                  like.get_device_index(), &handle));
+  // The shim itself: going through the dispatcher costs more than the rest of the call. It answers
+  // with a code and no reason, and memory is what can be lacking here.
+  const bool is_allocated =
+      aoti_torch_empty_strided(3, sizes, strides, dtype, q.device().type, q.device().index,
+                               &handle) == AOTI_TORCH_SUCCESS;
+  constexpr double kBytesPerGiB = 1 << 30;
+  check(is_allocated, op, "cannot allocate the result, [", num_tokens, ", ", num_heads, ", ",
+        kHeadDim, "] ", stable_common::dtype_name(q.dtype()), " (",
+        static_cast<double>(num_tokens) * num_heads * kHeadDim * 2 / kBytesPerGiB, " GiB) on ",
+        q.device(), "; the .out overload writes to memory of the caller's");
   return Tensor(handle);
 }
 
@@ -382,7 +390,8 @@ Tensor fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(
   FusedInsertParams params = prepare_quant_insert(
       {q_in, kv, k_cache, slot_mapping, position_ids, cos_sin_cache, q_head_padded, eps,
        cache_block_size, apply_q_norm, kv_mxfp8, apply_q_rope, is_q_interleaved});
-  Tensor q_out = empty_rows(params.num_tokens, params.num_heads_padded, q_in);
+  Tensor q_out = allocate_rows(kQuantInsert, params.num_tokens, params.num_heads_padded,
+                               Argument(kQuantInsert, "q_in", q_in));
   params.q_out = contiguous_rows(q_out.data_ptr(), params.num_heads_padded, is_q_interleaved);
   run(params, kQuantInsert, kv);
   return q_out;

@@ -1,7 +1,7 @@
 """CPU kernels of the operators: the library's argument checks, then the reference.
 
 ``deepseek_mla::_check_<op>`` is the check that the CUDA kernels run too, so an error reads the
-same on every device.
+same on every device. Where the operator returns a tensor, the check returns it, yet to be filled.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from . import reference
 def _register(name: str, overload: str = "") -> None:
     implementation = getattr(reference, name)
     signature = inspect.signature(implementation)
-    check = getattr(torch.ops.deepseek_mla, f"_check_{name}" + (overload and f"_{overload}"))
+    check = getattr(getattr(torch.ops.deepseek_mla, f"_check_{name}"), overload or "default")
 
+    # Like the CUDA kernels, which autograd does not know.
+    @torch.no_grad()
     def kernel(*args: Any, **kwargs: Any) -> Tensor | None:
         # The dispatcher leaves out arguments that have their default value.
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        outputs = [tensor for tensor in bound.kwargs.values() if tensor is not None]
-        check(*bound.args, *outputs)
-        result: Tensor | None = implementation(*bound.args, **bound.kwargs)
-        return None if outputs else result
+        outputs = {name: tensor for name, tensor in bound.kwargs.items() if tensor is not None}
+        result: Tensor | None = check(*bound.args, **outputs)
+        if result is not None:
+            outputs["q_out"] = result
+        implementation(*bound.args, **outputs)
+        return result
 
-    qualified = f"deepseek_mla::{name}" + (overload and f".{overload}")
-    torch.library.impl(qualified, "cpu", kernel)
+    torch.library.impl(f"deepseek_mla::{name}" + (overload and f".{overload}"), "cpu", kernel)
 
 
 _register("fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert")

@@ -508,7 +508,13 @@ def dequantize_cache(
 
     Raises:
         IndexError: a slot is outside the cache.
+        ValueError: the cache's blocks do not have ``cache_block_size`` tokens.
     """
+    if k_cache.dim() == 3 and k_cache.shape[1] != cache_block_size:
+        raise ValueError(
+            "dequantize_cache: k_cache must have shape [num_blocks, cache_block_size, ...] with "
+            f"cache_block_size = {cache_block_size}, got {list(k_cache.shape)}"
+        )
     num_slots = k_cache.shape[0] * cache_block_size
     if bool(((slots < 0) | (slots >= num_slots)).any()):
         raise IndexError(f"dequantize_cache: slots must be in [0, {num_slots}), got {slots}")
