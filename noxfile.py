@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
-nox.options.sessions = ["lint", "wheels", "abi", "tests"]
+nox.options.sessions = ["lint", "wheels", "tests", "abi", "bundle"]
 
 # Every torch that the wheels are tested under, oldest first. The first is the floor they declare.
 TORCH_VERSIONS = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
@@ -63,6 +63,7 @@ def lint(session: nox.Session) -> None:
 
     session.run(
         *("gersemi", "-i" if fix else "--check", "--indent=2", "--line-length=100"),
+        "--no-cache",
         *("--definitions", "packages/stable_common/src/stable_common/cmake", "--", "packages"),
     )
 
@@ -75,6 +76,8 @@ def lint(session: nox.Session) -> None:
         )
     session.run("mypy", f"--python-executable={sys.executable}", "noxfile.py")
     session.run("mypy", "scripts")
+    for path in sorted(ROOT.glob("packages/*/benchmarks/report.py")):
+        session.run("mypy", str(path.relative_to(ROOT)), env={"MYPYPATH": "scripts"})
 
 
 @nox.session(venv_backend="none")
@@ -105,8 +108,6 @@ def tests(session: nox.Session, torch: str) -> None:
     digests = {package: sha256(wheel) for package, wheel in tested.items()}
     for package, wheel in tested.items():
         session.log(f"{wheel.name} sha256 {digests[package]}")
-        if not is_up_to_date(package):
-            session.warn(f"{wheel.name} is older than its sources: ./nox -s wheels -- {package}")
 
     environ: dict[str, str | None] = {"PYTHONPATH": None, "STABLE_KERNELS_BUILD_PYTHON": None}
     # stable_common is headers: its tests build an extension, and load it at both ends of the list.
@@ -136,7 +137,7 @@ def tests(session: nox.Session, torch: str) -> None:
             session.run(
                 *(str(python), "-I", "-m", "pytest", "-p", "no:cacheprovider"),
                 *("--basetemp=tmp", *pytest_args, *directories),
-                env={**environ, "STABLE_KERNELS_TORCH": torch},
+                env={**environ, "STABLE_KERNELS_TORCH": torch, "MPLCONFIGDIR": directory},
                 external=True,
             )
 
@@ -171,12 +172,14 @@ def bundle(session: nox.Session) -> None:
     stage_tests(BUNDLE, packages)
     for wheel in bundled:
         copy(wheel, BUNDLE / "wheels" / wheel.name)
+    # The GPU machine may have no compiler for what is not in the wheels.
+    python = build_python(session)
     if "stable_common" in packages:
-        # Its tests compile an extension, which the GPU machine may not be able to.
-        python = build_python(session)
         install(session, python, "--no-deps", "--reinstall", find_wheel(session, "stable_common"))
         probe = BUNDLE / "packages" / "stable_common" / "tests" / "probe"
         session.run(python, probe / "build.py", probe, env=build_environ(), external=True)
+    for tune in sorted(BUNDLE.glob("packages/*/benchmarks/tune.cu")):
+        build_tune(session, tune)
     copy(ROOT / "scripts" / "bundle_run.py", BUNDLE / "run.py")
     size = sum(path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file()) / 1e6
     session.log(f"{BUNDLE.relative_to(ROOT)}: {size:.1f} MB")
@@ -188,7 +191,25 @@ def bundle(session: nox.Session) -> None:
 def report(session: nox.Session) -> None:
     """Draw the measured tables and plots from benchmarks/results/; -- --check only compares."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "report"))
-    session.run("python", "scripts/report.py", *session.posargs)
+    session.run(
+        "python", "scripts/report.py", *session.posargs, env={"MPLCONFIGDIR": session.create_tmp()}
+    )
+
+
+def build_tune(session: nox.Session, tune: Path) -> None:
+    """Compile a package's tuning benchmark with all its kernels, for SM90, beside its source."""
+    csrc = ROOT / "packages" / tune.parents[1].name / "csrc"
+    nvcc = next(BUILD_ENV.glob("lib/python*/site-packages/nvidia/cu13/bin/nvcc"))
+    headers = ROOT / "packages" / "stable_common" / "src" / "stable_common" / "include"
+    sources: list[str | Path] = [tune, *sorted(csrc.glob("*.cu"))]
+    session.run(
+        *(nvcc, "-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a"),
+        *("--expt-relaxed-constexpr", f"-L{nvcc.parents[1] / 'lib'}", f"-I{csrc}", f"-I{headers}"),
+        *sources,
+        *("-o", tune.with_suffix("")),
+        env=build_environ(),
+        external=True,
+    )
 
 
 def split_posargs(session: nox.Session) -> tuple[list[str], list[str]]:
@@ -229,6 +250,8 @@ def install(session: nox.Session, python: Path, *requirements: str | Path) -> No
 
 def build_python(session: nox.Session) -> Path:
     """Return the interpreter of the build environment, which is remade when its pins change."""
+    if " " in str(ROOT):
+        session.error(f"nvcc cannot work in a path with a space: {ROOT}")
     stamp = BUILD_ENV / "toolchain.sha256"
     wanted = hashlib.sha256(TOOLCHAIN.read_bytes() + sys.version.encode()).hexdigest()
     if not stamp.exists() or stamp.read_text() != wanted:
@@ -247,6 +270,8 @@ def build_environ() -> dict[str, str | None]:
     outer = filter(may_stay, os.environ["PATH"].split(os.pathsep))
     return {
         **dict.fromkeys(LEAKS),
+        # The time in a wheel's archive: a rebuild of the same sources gives the same file.
+        "SOURCE_DATE_EPOCH": "1577836800",
         "PATH": os.pathsep.join([str(BUILD_ENV / "bin"), *outer]),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
     }
@@ -254,6 +279,8 @@ def build_environ() -> dict[str, str | None]:
 
 def build_wheels(session: nox.Session, packages: Iterable[str]) -> None:
     """Build the packages, kernels against the stable_common wheel that is built before them."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        session.error("no C++ compiler; on Debian and Ubuntu: apt-get install g++")
     python = build_python(session)
     stable_common = build_wheel(session, python, "stable_common")
     install(session, python, "--no-deps", "--reinstall", stable_common)
@@ -320,6 +347,8 @@ def find_wheel(session: nox.Session, package: str) -> Path:
         session.error(
             f"dist/ has {len(found)} wheels of {package}, not 1; run ./nox -s wheels -- {package}"
         )
+    if not is_up_to_date(package):
+        session.warn(f"{found[0].name} is older than its sources: ./nox -s wheels -- {package}")
     return found[0]
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 BUNDLE = Path(__file__).resolve().parent
 
@@ -26,7 +27,9 @@ def parse_arguments(argv: list[str], available: list[str]) -> tuple[argparse.Nam
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["tests", "bench", "sanitize"])
-    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=", ".join(available))
+    parser.add_argument(
+        "packages", nargs="*", default=[], metavar="PACKAGE", help=", ".join(available)
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("results"), help="where bench writes its JSON"
     )
@@ -47,6 +50,12 @@ def install(target: Path) -> None:
         ],
         check=True,
     )
+
+
+def count_passed(record: Path) -> int:
+    """Return how many tests of a JUnit record ran and did not fail."""
+    cases = ElementTree.parse(record).iter("testcase")
+    return sum(1 for case in cases if all(child.tag == "properties" for child in case))
 
 
 def main() -> int:
@@ -72,9 +81,15 @@ def main() -> int:
                 return 1
             codes = [run(sys.executable, s, "--output", output, *rest) for s in scripts]
         else:
-            selection = ["-k", "sanitizer"] if arguments.command == "sanitize" else []
+            sanitize = arguments.command == "sanitize"
+            selection = ["-m", "sanitizer"] if sanitize else []
             tests = [f"packages/{package}/tests" for package in packages]
-            codes = [run(sys.executable, "-m", "pytest", *selection, *rest, *tests)]
+            record = Path(target) / "tests.xml"
+            options = [f"--junitxml={record}", *selection, *rest]
+            codes = [run(sys.executable, "-m", "pytest", *options, *tests)]
+            if sanitize and count_passed(record) == 0:
+                print("no test ran under compute-sanitizer", file=sys.stderr)
+                codes.append(1)
     return int(any(codes))
 
 

@@ -1,10 +1,8 @@
 // Times every tuning of the fused insert and prints JSON: the figures behind choose_tuning().
 //
-//   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr
-//        -I csrc -I <stable_common include> benchmarks/tune.cu csrc/fused_insert.cu -o tune
-//   ./tune > tune.json
-//
-// A case is timed over CUDA graphs of 20 calls that rotate through more data than the L2 holds.
+// `./nox -s bundle` builds it as dist/bundle/packages/deepseek_mla/benchmarks/tune. A case is timed
+// over CUDA graphs of 20 calls that rotate through more data than the L2 holds. All tunings must
+// write the same bits; what those are is for the tests to say.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -45,6 +43,16 @@ __global__ void fill_bf16(uint16_t* data, int64_t n, uint32_t seed) {
     x ^= x >> 16;
     // A random sign and mantissa, exponents from 2^-4 to 2^3.
     data[i] = static_cast<uint16_t>((x & 0x807f) | ((123 + ((x >> 8) & 7)) << 7));
+  }
+}
+
+// Adds a position-dependent hash of `n` words to `*sum`.
+__global__ void hash_words(const uint32_t* words, int64_t n, unsigned long long* sum) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    unsigned long long x = words[i] * 0x9e3779b97f4a7c15ull + i;
+    x ^= x >> 29;
+    atomicAdd(sum, x * 0xbf58476d1ce4e5b9ull);
   }
 }
 
@@ -131,10 +139,35 @@ class Workload {
       p.max_position = kMaxPosition;
       params_.push_back(p);
     }
+    out_ = out;
+    out_bytes_ = distinct * out_rows * kHeadDim * 2;
+    cache_ = cache;
+    cache_bytes_ = num_slots * kV4RecordBytes;
+    hash_ = own(device_array<unsigned long long>(1));
     CUDA_OK(cudaDeviceSynchronize());
   }
   ~Workload() {
     for (void* p : owned_) cudaFree(p);
+  }
+
+  // A hash of all that one pass of calls writes over poison.
+  unsigned long long hash(const FusedInsertTuning& tuning,
+                          const stable_common::DeviceProperties& device,
+                          cudaStream_t stream) const {
+    CUDA_OK(cudaMemsetAsync(out_, 0xff, out_bytes_, stream));
+    CUDA_OK(cudaMemsetAsync(cache_, 0xff, cache_bytes_, stream));
+    for (const FusedInsertParams& params : params_) {
+      CUDA_OK(launch_fused_insert(params, tuning, device, stream));
+    }
+    unsigned long long sum = 0;
+    CUDA_OK(cudaMemsetAsync(hash_, 0, sizeof(sum), stream));
+    hash_words<<<1024, 256, 0, stream>>>(static_cast<const uint32_t*>(out_), out_bytes_ / 4, hash_);
+    hash_words<<<1024, 256, 0, stream>>>(static_cast<const uint32_t*>(cache_), cache_bytes_ / 4,
+                                         hash_);
+    CUDA_OK(cudaGetLastError());
+    CUDA_OK(cudaMemcpyAsync(&sum, hash_, sizeof(sum), cudaMemcpyDeviceToHost, stream));
+    CUDA_OK(cudaStreamSynchronize(stream));
+    return sum;
   }
 
   // Median microseconds a call.
@@ -184,6 +217,11 @@ class Workload {
   }
 
   int num_calls_ = 0;
+  void* out_ = nullptr;
+  int64_t out_bytes_ = 0;
+  void* cache_ = nullptr;
+  int64_t cache_bytes_ = 0;
+  unsigned long long* hash_ = nullptr;
   std::vector<FusedInsertParams> params_;
   std::vector<void*> owned_;
 };
@@ -209,7 +247,13 @@ int main() {
     for (int tokens : {1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192}) {
       const Case c{tokens, heads, padded};
       const Workload workload(c, cos_sin);
+      const auto expected = workload.hash(tunings().front(), device, stream);
       for (const FusedInsertTuning& tuning : tunings()) {
+        if (workload.hash(tuning, device, stream) != expected) {
+          std::fprintf(stderr, "%d tokens of %d heads: %d lanes, %d warps write other bits\n",
+                       tokens, heads, tuning.lanes_per_head, tuning.warps_per_block);
+          return 1;
+        }
         const float us = workload.time(tuning, device, stream);
         std::printf(
             "%s{\"tokens\": %d, \"heads\": %d, \"heads_padded\": %d, "
