@@ -21,6 +21,33 @@ FULL_FP8_INSERT = "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert"
 OPS = (QUANT_INSERT, KV_ROPE_INSERT, KV_NORM_INSERT, FULL_BF16_INSERT, FULL_FP8_INSERT)
 
 DTYPES = (torch.bfloat16, torch.float16)
+Q_OPS = (QUANT_INSERT, FULL_BF16_INSERT, FULL_FP8_INSERT)
+
+# Every way in which Q is read and written. All have 64 heads in the output.
+Q_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quant_insert": (QUANT_INSERT, {"num_heads": 64}),
+    "padded": (QUANT_INSERT, {"num_heads": 16, "q_head_padded": 64}),
+    "interleaved": (QUANT_INSERT, {"num_heads": 64, "is_q_interleaved": True}),
+    "interleaved_padded": (
+        QUANT_INSERT,
+        {"num_heads": 16, "q_head_padded": 64, "is_q_interleaved": True},
+    ),
+    "full_bf16": (FULL_BF16_INSERT, {"num_heads": 64}),
+    "full_fp8": (FULL_FP8_INSERT, {"num_heads": 64}),
+}
+# Sizes of a call, in heads of the output per multiprocessor, one within each entry of the tuning
+# tables in csrc/fused_insert_tuning.cpp.
+ROWS_PER_MULTIPROCESSOR = (1, 20, 50, 100, 200)
+PADDED_ROWS_PER_MULTIPROCESSOR = (1, 10, 50, 200, 1100)
+# Every variant at every tuning it can get: (variant, rows per multiprocessor).
+TUNED_CALLS = [
+    (variant, rows)
+    for variant, (_, options) in Q_VARIANTS.items()
+    for rows in (
+        PADDED_ROWS_PER_MULTIPROCESSOR if "q_head_padded" in options else ROWS_PER_MULTIPROCESSOR
+    )
+]
+
 GUARD_BYTES = 4096
 CACHE_DTYPES = {
     "v4": torch.uint8,
@@ -288,6 +315,19 @@ def assert_same_bits(actual: Call, expected: Call) -> None:
             f"{got_bits[different].flatten()[:8].tolist()}, expected "
             f"{want_bits[different].flatten()[:8].tolist()}"
         )
+
+
+def make_tuned_call(
+    variant: str,
+    rows_per_multiprocessor: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Call:
+    """A call of ``Q_VARIANTS`` of about that size for the current CUDA device."""
+    op, options = Q_VARIANTS[variant]
+    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+    num_tokens = max(1, rows_per_multiprocessor * multiprocessors // 64)
+    return make_call(op, generator, num_tokens=num_tokens, dtype=dtype, **options)
 
 
 def adversarial_rows(dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:

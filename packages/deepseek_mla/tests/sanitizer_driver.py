@@ -1,11 +1,20 @@
-"""Runs every operator on small shapes, for compute-sanitizer: ``python sanitizer_driver.py``.
+"""Runs every operator for compute-sanitizer: ``python sanitizer_driver.py [OVERRUN]``.
 
-Needs torch and the package only. Prints how many calls it made.
+Each tensor is an allocation of its own that ends with its last element, which takes
+``PYTORCH_NO_CUDA_MEMORY_CACHING=1``. Prints how many calls it made.
+
+With OVERRUN, the name of a tensor argument, it instead makes one call in which that tensor's
+allocation is a row shorter than its shape says. memcheck must report it.
+
+Needs torch and the package; with OVERRUN also NumPy, which torch reads array interfaces with.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import deepseek_mla
 import mla_calls
+from mla_calls import Call, make_call
 
 KINDS = {
     mla_calls.QUANT_INSERT: ("v4", "v41"),
@@ -24,16 +34,57 @@ KINDS = {
 }
 
 
-def main() -> None:
-    # Inputs are made on the CPU, so that hardly any kernel but the operators' runs.
-    generator = torch.Generator().manual_seed(2026)
-    calls = 0
+class Overlong:
+    """The bytes of a CUDA tensor, and more bytes after them that are not there."""
+
+    def __init__(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        self.tensor = tensor
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def exact_copy(tensor: torch.Tensor, rows_missing: int = 0) -> torch.Tensor:
+    """A CUDA copy with the same strides, in an allocation from its first to its last element.
+
+    The allocation lacks the last ``rows_missing`` rows, of ``tensor.shape[-1]`` elements. Copies
+    contiguous bytes, so that no kernel runs.
+    """
+    extent = 0
+    if tensor.numel() > 0:
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        extent = 1 + last
+    elements = tensor.as_strided((extent,), (1,), tensor.storage_offset())
+    if rows_missing:
+        present = elements[: extent - rows_missing * tensor.shape[-1]]
+        source = Overlong(present.view(torch.uint8).cuda(), extent * tensor.element_size())
+        storage = torch.as_tensor(source, device="cuda").view(tensor.dtype)
+    else:
+        storage = elements.cuda()
+    return storage.as_strided(tensor.shape, tensor.stride())
+
+
+def on_device(call: Call, overrun: str | None = None) -> Call:
+    args = {
+        name: exact_copy(value, rows_missing=int(name == overrun))
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in call.args.items()
+    }
+    return Call(call.op, args, call.kv_dtype, call.kind)
+
+
+def calls(generator: torch.Generator) -> Iterator[Call]:
+    """Calls on the CPU: inputs made there leave hardly any kernel but the operators' to check."""
     for op, kinds in KINDS.items():
         for kind in kinds:
             for dtype in mla_calls.DTYPES:
-                for num_tokens, num_heads in ((1, 1), (5, 3), (33, 16), (200, 8)):
+                for num_tokens, num_heads in ((1, 1), (5, 3), (33, 16)):
                     for gaps in (False, True):
-                        call = mla_calls.make_call(
+                        yield make_call(
                             op,
                             generator,
                             num_tokens=num_tokens,
@@ -42,8 +93,6 @@ def main() -> None:
                             kind=kind,
                             gaps=gaps,
                         )
-                        call.clone("cuda").run(deepseek_mla)
-                        calls += 1
     for options in (
         {"is_q_interleaved": True, "q_head_padded": 16},
         {"q_head_padded": 16, "with_q_out": True, "slots_missing": 3},
@@ -51,11 +100,39 @@ def main() -> None:
         {"apply_q_norm": False},
         {"apply_q_rope": False},
     ):
-        call = mla_calls.make_call(mla_calls.QUANT_INSERT, generator, **options)
-        call.clone("cuda").run(deepseek_mla)
-        calls += 1
+        yield make_call(mla_calls.QUANT_INSERT, generator, **options)
+    for variant, rows_per_multiprocessor in mla_calls.TUNED_CALLS:
+        yield mla_calls.make_tuned_call(variant, rows_per_multiprocessor, generator)
+
+
+def overrunning_call(name: str, generator: torch.Generator) -> Call:
+    """A call that reaches the last row of every tensor, on the device, where ``name`` lacks it."""
+    call = make_call(mla_calls.QUANT_INSERT, generator, with_q_out=True, cache_rank=3)
+    cache, slots = call.args["k_cache"], call.args["slot_mapping"]
+    num_slots = cache.shape[0] * cache.shape[1]
+    slots.copy_(torch.arange(num_slots - len(slots), num_slots))
+    call.args["position_ids"].zero_()
+    return on_device(call, overrun=name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrun", nargs="?", choices=("kv", "k_cache", "q_out"))
+    overrun = parser.parse_args().overrun
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        # torch would cut tensors out of larger allocations, where memcheck sees no overrun.
+        sys.exit("sanitizer_driver.py: PYTORCH_NO_CUDA_MEMORY_CACHING must be 1")
+    generator = torch.Generator().manual_seed(2026)
+    count = 0
+    if overrun is not None:
+        overrunning_call(overrun, generator).run(deepseek_mla)
+        count = 1
+    else:
+        for call in calls(generator):
+            on_device(call).run(deepseek_mla)
+            count += 1
     torch.cuda.synchronize()
-    print(f"{calls} calls")
+    print(f"{count} calls")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ Tensors on different devices need a GPU to be tried: test_gpu.py does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import resource
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import deepseek_mla
@@ -19,6 +22,7 @@ from mla_calls import (
     KV_NORM_INSERT,
     KV_ROPE_INSERT,
     OPS,
+    Q_OPS,
     QUANT_INSERT,
     make_call,
 )
@@ -43,16 +47,25 @@ def misaligned(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
     return torch.zeros(size + 64, dtype=dtype)[1 : size + 1].view(shape)
 
 
+def repeated(
+    shape: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Zeros of ``shape`` expanded to ``sizes``: any size, hardly any memory."""
+    return torch.zeros(shape, dtype=dtype).expand(sizes)
+
+
 def q_name(op: str) -> str:
     return "q_in" if op == QUANT_INSERT else "q"
 
 
-Q_OPS = (QUANT_INSERT, FULL_BF16_INSERT, FULL_FP8_INSERT)
 PACKED_OPS = (QUANT_INSERT, KV_ROPE_INSERT, KV_NORM_INSERT)
 CONTIGUOUS = r"be contiguous"
 DENSE_ROWS = r"be contiguous from dimension \d on"
 ALIGNED = "be aligned to 16 bytes"
 ROW_STRIDE = r"have a stride of dimension \d that is a multiple of 16 bytes"
+E4M3_ALIGNED = "be aligned to 8 bytes"
+E4M3_ROW_STRIDE = r"have a stride of dimension \d that is a multiple of 8 bytes"
+NO_OVERLAP = "not overlap itself"
 
 # (operator, argument, bad value, what the message says it must, and what it says it got)
 Case = tuple[str, str, Callable[[], Any], str, str]
@@ -76,6 +89,8 @@ for op in OPS:
     case(op, "kv", lambda: gapped((T, 512), (1024, 2)), DENSE_ROWS, r"strides \[1024, 2\]")
     case(op, "kv", lambda: gapped((T, 512), (516, 1)), ROW_STRIDE, "1032 bytes")
     case(op, "kv", lambda: misaligned(T, 512), ALIGNED, "2 past")
+    many = partial(repeated, (1, 512), (2**31, 512))
+    case(op, "kv", many, "have at most 2147483647 rows", "2147483648")
     name = "slot_mapping"
     most = r"have at most kv.size\(0\) = 17 elements"
     case(op, name, lambda: zeros(T, dtype=i32), "be torch.int64", "torch.int32")
@@ -124,6 +139,47 @@ for op in Q_OPS:
         case(op, name, lambda: zeros(T - 1, H, 512), tokens, r"\[16, 3, 512\]")
     same_dtype = "have the dtype of kv, torch.bfloat16"
     case(op, name, lambda: zeros(T, H, 512, dtype=fp16), same_dtype, "torch.float16")
+    many = partial(repeated, (1, 1, 512), (T, 4194304, 512))
+    case(op, name, many, "have at most 4194303 heads", "4194304")
+
+# What is written may not be written twice.
+query_outputs = (
+    (QUANT_INSERT, "q_out", torch.bfloat16),
+    (FULL_BF16_INSERT, "q", torch.bfloat16),
+    (FULL_FP8_INSERT, "q_fp8", fp8),
+)
+for op, name, dtype in query_outputs:
+    shape = (T, H, 512)
+    for strides in ((0, 512, 1), (1536, 0, 1), (1024, 512, 1), (1536, 256, 1)):
+        got = rf"strides \[{strides[0]}, {strides[1]}, 1\] for shape \[17, 3, 512\]"
+        value = partial(gapped, shape, strides, dtype)
+        case(op, name, value, NO_OVERLAP, got)
+full_caches = (
+    (KV_ROPE_INSERT, torch.bfloat16),
+    (KV_ROPE_INSERT, fp8),
+    (FULL_BF16_INSERT, torch.bfloat16),
+    (FULL_FP8_INSERT, fp8),
+)
+slots = "hold at most 4294967295 slots"
+blocks_of_16 = "268435456 blocks of 16"
+name = "k_cache"
+for op, dtype in full_caches:
+    shape = (4, 16, 512)
+    for strides in ((0, 512, 1), (8192, 0, 1), (8192 - 512, 512, 1)):
+        got = rf"strides \[{strides[0]}, {strides[1]}, 1\] for shape \[4, 16, 512\]"
+        value = partial(gapped, shape, strides, dtype)
+        case(op, name, value, NO_OVERLAP, got)
+    value = partial(repeated, (1, 16, 512), (2**28, 16, 512), dtype)
+    case(op, name, value, slots, blocks_of_16)
+for op in PACKED_OPS:
+    for stride in (0, 9336):
+        got = rf"strides \[{stride}, 1\] for shape \[4, 9344\]"
+        value = partial(gapped, (4, 9344), (stride, 1), u8)
+        case(op, name, value, NO_OVERLAP, got)
+    value = partial(repeated, (1, 9344), (2**28, 9344), u8)
+    case(op, name, value, slots, blocks_of_16)
+    value = partial(repeated, (1, 16, 584), (2**28, 16, 584), u8)
+    case(op, name, value, slots, blocks_of_16)
 
 for op in PACKED_OPS:
     name = "k_cache"
@@ -194,6 +250,19 @@ case(op, "k_cache", lambda: zeros(4, 16, 576, dtype=fp8), unquantized, r"\[4, 16
 case(op, "q_fp8", lambda: zeros(T, H, 512), "be torch.float8_e4m3fn", "torch.bfloat16")
 like_q = r"have shape \[N, H, 512\] with N = .*17.*H = .*3"
 case(op, "q_fp8", lambda: zeros(T, H + 1, 512, dtype=fp8), like_q, r"\[17, 4, 512\]")
+case(op, "q_fp8", lambda: misaligned(T, H, 512, dtype=fp8), E4M3_ALIGNED, "1 past")
+case(op, "q_fp8", lambda: gapped((T, H, 512), (1540, 512, 1), fp8), E4M3_ROW_STRIDE, "1540 bytes")
+case(op, "q_fp8", lambda: gapped((T, H, 512), (1560, 516, 1), fp8), E4M3_ROW_STRIDE, "516 bytes")
+dense_q = r"\[3072, 1024, 2\]"
+case(op, "q_fp8", lambda: gapped((T, H, 512), (3072, 1024, 2), fp8), DENSE_ROWS, dense_q)
+for op in (KV_ROPE_INSERT, FULL_FP8_INSERT):
+    name = "k_cache"
+    case(op, name, lambda: misaligned(4, 16, 512, dtype=fp8), E4M3_ALIGNED, "1 past")
+    case(op, name, lambda: gapped((2, 16, 512), (8196, 512, 1), fp8), E4M3_ROW_STRIDE, "8196 bytes")
+    case(op, name, lambda: gapped((2, 16, 512), (8256, 516, 1), fp8), E4M3_ROW_STRIDE, "516 bytes")
+    value = partial(gapped, (2, 16, 512), (16384, 1024, 2), fp8)
+    case(op, name, value, DENSE_ROWS, r"strides \[16384, 1024, 2\]")
+op = FULL_FP8_INSERT
 for scale in ("fp8_scale", "q_fp8_scale_inv"):
     case(op, scale, lambda: zeros(2, dtype=f32), "have one element", r"shape \[2\]")
     case(op, scale, lambda: zeros(1, dtype=fp16), "be torch.float32", "torch.float16")
@@ -250,6 +319,58 @@ def test_v41_blocks_must_have_room(seed: int) -> None:
     message = rf"{QUANT_INSERT}: k_cache must have .* = 8448 bytes a block, got shape \[4, 8447\]"
     with pytest.raises(RuntimeError, match=message):
         call.run(deepseek_mla)
+
+
+@pytest.mark.parametrize("op", [QUANT_INSERT, KV_ROPE_INSERT])
+@pytest.mark.parametrize("shape", [(4, BLOCK_SIZE, 584), (4, BLOCK_SIZE, 527), (4, 8, 528)])
+def test_v41_records_must_have_528_bytes(seed: int, shape: tuple[int, ...], op: str) -> None:
+    call = make_call(op, torch.Generator().manual_seed(seed), kind="v41")
+    call.args["k_cache"] = zeros(*shape, dtype=torch.uint8)
+    expected = r"must have shape \[num_blocks, cache_block_size, 528\] with .* = 16"
+    message = rf"{op}: k_cache {expected}, got {re.escape(str(list(shape)))}"
+    with pytest.raises(RuntimeError, match=message):
+        call.run(deepseek_mla)
+
+
+def test_query_rows_must_fit_a_grid(seed: int) -> None:
+    """Only padding gets there: the rows of the other operators would take terabytes."""
+    call = make_call(QUANT_INSERT, torch.Generator().manual_seed(seed), num_tokens=512)
+    call.args["q_head_padded"] = 4194303
+    message = r"tokens \* \(heads \+ 1\) must be at most 2147483647, got 2147483648"
+    with pytest.raises(RuntimeError, match=rf"^deepseek_mla::{QUANT_INSERT}: {message}"):
+        call.run(deepseek_mla)
+
+
+@pytest.fixture
+def limited_memory() -> Iterator[None]:
+    """No new memory once 1 TiB of addresses are taken, whatever the kernel would promise."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = 1 << 40
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.usefixtures("limited_memory")
+def test_result_too_large(seed: int) -> None:
+    call = make_call(QUANT_INSERT, torch.Generator().manual_seed(seed), num_heads=H)
+    num_tokens, heads_padded = 70000, 30000
+    call.args["q_in"] = repeated((1, H, 512), (num_tokens, H, 512))
+    call.args["kv"] = repeated((1, 512), (num_tokens, 512))
+    call.args["position_ids"] = zeros(num_tokens, dtype=torch.int64)
+    call.args["q_head_padded"] = heads_padded
+    cache = call.args["k_cache"].clone()
+    message = (
+        rf"^deepseek_mla::{QUANT_INSERT}: cannot allocate the result, "
+        r"\[70000, 30000, 512\] torch\.bfloat16 \(\S+ GiB\) on cpu"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        call.run(deepseek_mla)
+    assert torch.equal(call.args["k_cache"], cache)
 
 
 @pytest.mark.parametrize("op", OPS)

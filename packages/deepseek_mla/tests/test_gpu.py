@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import deepseek_mla
@@ -18,7 +19,6 @@ pytestmark = [
 
 TOKENS = (0, 1, 2, 3, 16, 17, 127, 128, 1000)
 HEADS = (1, 3, 8, 16, 64, 128)
-Q_OPS = (mla_calls.QUANT_INSERT, mla_calls.FULL_BF16_INSERT, mla_calls.FULL_FP8_INSERT)
 
 # Every operator, cache format and flag once, at a size that has a partial block of each kind.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,7 +88,15 @@ def test_batch_sizes_by_heads(generator: torch.Generator, num_heads: int, num_to
     check(make_call(mla_calls.QUANT_INSERT, generator, num_tokens=num_tokens, num_heads=num_heads))
 
 
-@pytest.mark.parametrize("op", Q_OPS)
+@pytest.mark.parametrize("dtype", mla_calls.DTYPES, ids=str)
+@pytest.mark.parametrize(("variant", "rows_per_multiprocessor"), mla_calls.TUNED_CALLS)
+def test_every_tuning(
+    generator: torch.Generator, variant: str, rows_per_multiprocessor: int, dtype: torch.dtype
+) -> None:
+    check(mla_calls.make_tuned_call(variant, rows_per_multiprocessor, generator, dtype))
+
+
+@pytest.mark.parametrize("op", mla_calls.Q_OPS)
 @pytest.mark.parametrize("num_heads", HEADS)
 def test_heads(generator: torch.Generator, num_heads: int, op: str) -> None:
     check(make_call(op, generator, num_tokens=33, num_heads=num_heads))
@@ -270,6 +278,41 @@ def test_tensors_decide_the_device(seed: int, op: str) -> None:
         assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("in_thread", [False, True], ids=["main_thread", "fresh_thread"])
+@pytest.mark.parametrize("op", mla_calls.OPS)
+def test_alternating_devices(seed: int, op: str, in_thread: bool) -> None:
+    """Tensors on device 0 and 1 in turn, while torch's current device is the other or the same."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    inputs = [make_call(op, torch.Generator(f"cuda:{i}").manual_seed(seed)) for i in range(2)]
+    expected = [call.reference_of() for call in inputs]
+    steps = [
+        (current, device, inputs[device].clone())
+        for _ in range(3)
+        for current in (0, 1)
+        for device in (1, 0)
+    ]
+
+    def run_steps() -> None:
+        for current, device, call in steps:
+            with torch.cuda.device(current):
+                call.run(deepseek_mla)
+                assert torch.cuda.current_device() == current
+                assert call.result is None or call.result.device.index == device
+
+    for device in range(2):
+        torch.cuda.synchronize(device)
+    if in_thread:
+        # The first step is then the first that the thread asks of CUDA.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            executor.submit(run_steps).result()
+    else:
+        run_steps()
+    for _, device, call in steps:
+        mla_calls.assert_same_bits(call, expected[device])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 128])
 def test_out_allocates_nothing(generator: torch.Generator, num_tokens: int) -> None:
     call = make_call(
@@ -371,6 +414,15 @@ def test_tensor_on_another_device(generator: torch.Generator, op: str, name: str
     with pytest.raises(RuntimeError, match=message):
         call.run(deepseek_mla)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "v4"])
+def test_unused_scale_on_another_device(generator: torch.Generator, kind: str) -> None:
+    call = make_call(mla_calls.KV_ROPE_INSERT, generator, kind=kind)
+    call.args["fp8_scale"] = torch.ones(1)
+    message = rf"deepseek_mla::{call.op}: fp8_scale must be on the device of kv, cuda:\d+, got cpu"
+    with pytest.raises(RuntimeError, match=message):
+        call.run(deepseek_mla)
 
 
 @pytest.mark.parametrize("op", mla_calls.OPS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import deepseek_mla
@@ -102,6 +104,46 @@ def test_cpu_equals_reference(call: Call) -> None:
     if "q_out" in call.args:
         assert call.result is call.args["q_out"]
     mla_calls.assert_same_bits(call, expected)
+
+
+def test_no_gradient_is_recorded(call: Call) -> None:
+    """On the CPU as on CUDA: torch marks the result as not differentiable, and that is all."""
+    expected = call.reference_of()
+    inputs = [
+        value
+        for name, value in call.args.items()
+        if name not in ("k_cache", "q_out", "q_fp8")
+        and isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+    ]
+    for value in inputs:
+        value.requires_grad_()
+    call.run(deepseek_mla)
+    # A leaf among them is written in place, and is still a leaf.
+    assert all(value.is_leaf for value in inputs)
+    written = [call.args[name] for name in ("k_cache", "q_out", "q_fp8") if name in call.args]
+    assert not any(value.requires_grad for value in written)
+    if "q_out" not in call.args and call.result is not None:
+        # The node that torch's dispatcher adds for an operator without an autograd kernel.
+        node = call.result.grad_fn
+        assert node is None or node.name() == "torch::autograd::WarnNotImplemented"
+        call.result = call.result.detach()
+    mla_calls.assert_same_bits(call, expected)
+
+
+def test_result_is_allocated_once(seed: int, tmp_path: Path) -> None:
+    call = make_call(
+        mla_calls.QUANT_INSERT, torch.Generator().manual_seed(seed), num_heads=1, q_head_padded=512
+    )
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call.run(deepseek_mla)
+    assert call.result is not None
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
+    assert [size for size in changes if size >= call.result.nbytes] == [call.result.nbytes]
 
 
 def test_torch_ops_equals_entry_point(call: Call) -> None:
@@ -287,3 +329,15 @@ def test_adversarial_rows(dtype: torch.dtype) -> None:
             for side in (call, clean)
         )
         assert torch.equal(dirty_tokens, clean_tokens)
+
+
+@pytest.mark.parametrize("kind", ["v4", "bf16", "fp8"])
+def test_dequantize_cache_of_other_blocks(seed: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cache = mla_calls.make_cache(kind, 4, 8, generator)
+    message = (
+        r"^dequantize_cache: k_cache must have shape \[num_blocks, cache_block_size, ...\] with "
+        rf"cache_block_size = 16, got \[4, 8, {cache.shape[2]}\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        deepseek_mla.dequantize_cache(cache, torch.arange(4), 16)

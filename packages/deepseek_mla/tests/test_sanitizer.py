@@ -1,4 +1,9 @@
-"""Every operator under compute-sanitizer: no access outside a tensor, no race in shared memory."""
+"""Every operator under compute-sanitizer.
+
+memcheck: no access outside an allocation, of which each tensor has its own; and that it would
+report one. racecheck: no race in shared memory. It looks at nothing else, and the kernels use no
+shared memory: it is here so that they stay free of such races if they come to use it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,11 @@ import pytest
 import torch
 
 DRIVER = Path(__file__).with_name("sanitizer_driver.py")
+TOOLS = {
+    # Padding after each allocation, or what follows a tensor may be another one.
+    "memcheck": (["--padding", "4096"], "ERROR SUMMARY: 0 errors"),
+    "racecheck": ([], "0 hazards displayed (0 errors"),
+}
 
 
 def find_sanitizer() -> str | None:
@@ -26,33 +36,54 @@ def find_sanitizer() -> str | None:
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.sanitizer
-@pytest.mark.skipif(find_sanitizer() is None, reason="compute-sanitizer was not found")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_clean(tool: str) -> None:
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.sanitizer,
+    pytest.mark.skipif(find_sanitizer() is None, reason="compute-sanitizer was not found"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def run_driver(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     sanitizer = find_sanitizer()
     assert sanitizer is not None
     package_root = str(Path(deepseek_mla.__file__).parent.parent)
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Without torch's caching allocator, a byte past a tensor is a byte past an allocation.
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
+        # Each tensor is a cudaMalloc of its own, of its own size.
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     }
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
-    run = subprocess.run(
-        [*command, sys.executable, str(DRIVER)],
+    options, _ = TOOLS[tool]
+    command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "1"]
+    return subprocess.run(
+        [*command, sys.executable, str(DRIVER), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=900,
         check=False,
     )
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_clean(tool: str) -> None:
+    run = run_driver(tool)
     output = run.stdout + run.stderr
     assert run.returncode == 0, output[-4000:]
     assert re.search(r"^\d{2,} calls$", run.stdout, re.MULTILINE), output[-4000:]
-    clean = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "0 hazards displayed (0 errors"}
-    assert clean[tool] in output, output[-4000:]
+    _, clean = TOOLS[tool]
+    assert clean in output, output[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("name", "access"), [("kv", "read"), ("k_cache", "write"), ("q_out", "write")]
+)
+def test_memcheck_reports_an_overrun(name: str, access: str) -> None:
+    """One row less than the tensor's shape says is one row too few."""
+    run = run_driver("memcheck", name)
+    output = run.stdout + run.stderr
+    assert run.returncode != 0, output[-4000:]
+    invalid = rf"Invalid __global__ {access} of size \d+ bytes.*?fused_insert_kernel"
+    assert re.search(invalid, output, re.DOTALL), output[:4000]
