@@ -1,6 +1,7 @@
 // torch's current device and stream.
 #pragma once
 
+#include <cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
@@ -8,20 +9,25 @@
 #include <stdexcept>
 
 #include "stable_common/cuda_check.h"
+#include "stable_common/driver_api.h"
 
 namespace stable_common {
 
 // Makes a device current for as long as this lives.
 //
-// Nearly always it is already, and then to make a guard, or to ask torch for its current device,
-// costs more than half of what a launch does. The runtime in this library answers at once, and it
-// is the one that launches go through, so its current device is the one that counts.
+// Nearly always it is already, and then no guard is made: to make and destroy one takes an
+// allocation and two calls of torch. What counts is the device of the driver's current context,
+// which a launch uses. (cudaGetDevice() would not do: each copy of the runtime remembers a device
+// of its own.)
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t device_index) {
-    int current = -1;
-    STABLE_CUDA_CHECK(cudaGetDevice(&current));
-    if (current != device_index) guard_.emplace(device_index);
+    static const auto get_device =
+        driver_function<decltype(&cuCtxGetDevice)>("cuCtxGetDevice", 12000);
+    CUdevice current = -1;
+    const bool is_current =
+        get_device != nullptr && get_device(&current) == CUDA_SUCCESS && current == device_index;
+    if (!is_current) guard_.emplace(device_index);
   }
 
  private:
