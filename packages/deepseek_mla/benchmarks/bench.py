@@ -558,19 +558,24 @@ def compile_peer(table: Tensor) -> tuple[Callable[..., None] | None, str | None]
     return compiled, None
 
 
-def time_enqueue(call: Callable[[], object], chunks: int = 50, calls: int = 100) -> Timing:
-    """Time the host's side of a call, in chunks that the launch queue has room for."""
-    for _ in range(2 * calls):
-        call()
-    times = []
-    for _ in range(chunks):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - begin) / calls * 1e6)
+def time_enqueue(
+    calls: dict[str, Callable[[], object]], chunks: int = 50, calls_per_chunk: int = 100
+) -> dict[str, Timing]:
+    """Time the host's side of calls, in chunks that the launch queue has room for.
+
+    The calls take turns, so that a host that gets faster or slower does so for all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for chunk in range(-chunks // 2, chunks):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(calls_per_chunk):
+                call()
+            if chunk >= 0:
+                times[name].append((time.perf_counter() - begin) / calls_per_chunk * 1e6)
     torch.cuda.synchronize()
-    return summarize(times)
+    return {name: summarize(us) for name, us in times.items()}
 
 
 def time_host(table: Tensor) -> dict[str, Timing]:
@@ -590,7 +595,7 @@ def time_host(table: Tensor) -> dict[str, Timing]:
     q_out = workload.q_out
     function = deepseek_mla.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert
     operator = torch.ops.deepseek_mla.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "function": partial(function, *arguments),
         "function, q_out given": partial(function, *arguments, q_out=q_out),
         "torch.ops": partial(operator, *arguments),
@@ -601,7 +606,7 @@ def time_host(table: Tensor) -> dict[str, Timing]:
     }
     gc.disable()
     try:
-        timings = {name: time_enqueue(call) for name, call in calls.items()}
+        timings = time_enqueue(calls)
     finally:
         gc.enable()
     workload.poison()

@@ -48,12 +48,14 @@ __global__ void fill_bf16(uint16_t* data, int64_t n, uint32_t seed) {
 
 // Adds a position-dependent hash of `n` words to `*sum`.
 __global__ void hash_words(const uint32_t* words, int64_t n, unsigned long long* sum) {
+  unsigned long long hash = 0;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * blockDim.x) {
     unsigned long long x = words[i] * 0x9e3779b97f4a7c15ull + i;
     x ^= x >> 29;
-    atomicAdd(sum, x * 0xbf58476d1ce4e5b9ull);
+    hash += x * 0xbf58476d1ce4e5b9ull;
   }
+  atomicAdd(sum, hash);
 }
 
 template <typename T>

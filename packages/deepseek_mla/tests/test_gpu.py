@@ -285,8 +285,13 @@ def test_alternating_devices(seed: int, op: str, in_thread: bool) -> None:
     """Tensors on device 0 and 1 in turn, while torch's current device is the other or the same."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    inputs = [make_call(op, torch.Generator(f"cuda:{i}").manual_seed(seed)) for i in range(2)]
-    expected = [call.reference_of() for call in inputs]
+    inputs, expected = [], []
+    for device in range(2):
+        with torch.cuda.device(device):
+            inputs.append(make_call(op, torch.Generator(f"cuda:{device}").manual_seed(seed)))
+            expected.append(inputs[-1].reference_of())
+            # What goes wrong up to here is no operator's doing.
+            torch.cuda.synchronize()
     steps = [
         (current, device, inputs[device].clone())
         for _ in range(3)
