@@ -267,15 +267,35 @@ def test_current_device_is_left_alone(generator: torch.Generator) -> None:
     assert torch.cuda.current_device() == before
 
 
+def call_on_device(op: str, device: int, seed: int) -> tuple[Call, Call]:
+    """A call and its expectation on a device that is current for as long as they are made.
+
+    torch too must find the device of its tensors: what goes wrong in here is no operator's doing.
+    """
+    with torch.cuda.device(device):
+        call = make_call(op, torch.Generator(f"cuda:{device}").manual_seed(seed))
+        expected = call.reference_of()
+        torch.cuda.synchronize()
+    return call, expected
+
+
+def synchronize_all() -> None:
+    """Wait for all devices, and raise what a launch on the wrong one did there."""
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("op", mla_calls.OPS)
 def test_tensors_decide_the_device(seed: int, op: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    call = make_call(op, torch.Generator("cuda:1").manual_seed(seed))
+    call, expected = call_on_device(op, 1, seed)
     with torch.cuda.device(0):
-        check(call)
+        call.run(deepseek_mla)
         assert torch.cuda.current_device() == 0
+    synchronize_all()
+    mla_calls.assert_same_bits(call, expected)
 
 
 @pytest.mark.multi_gpu
@@ -285,13 +305,7 @@ def test_alternating_devices(seed: int, op: str, in_thread: bool) -> None:
     """Tensors on device 0 and 1 in turn, while torch's current device is the other or the same."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    inputs, expected = [], []
-    for device in range(2):
-        with torch.cuda.device(device):
-            inputs.append(make_call(op, torch.Generator(f"cuda:{device}").manual_seed(seed)))
-            expected.append(inputs[-1].reference_of())
-            # What goes wrong up to here is no operator's doing.
-            torch.cuda.synchronize()
+    inputs, expected = zip(*(call_on_device(op, device, seed) for device in range(2)), strict=True)
     steps = [
         (current, device, inputs[device].clone())
         for _ in range(3)
@@ -306,14 +320,14 @@ def test_alternating_devices(seed: int, op: str, in_thread: bool) -> None:
                 assert torch.cuda.current_device() == current
                 assert call.result is None or call.result.device.index == device
 
-    for device in range(2):
-        torch.cuda.synchronize(device)
+    synchronize_all()
     if in_thread:
         # The first step is then the first that the thread asks of CUDA.
         with ThreadPoolExecutor(max_workers=1) as executor:
             executor.submit(run_steps).result()
     else:
         run_steps()
+    synchronize_all()
     for _, device, call in steps:
         mla_calls.assert_same_bits(call, expected[device])
 
