@@ -167,15 +167,15 @@ def quickstart(session: nox.Session) -> None:
 def bundle(session: nox.Session) -> None:
     """Write dist/bundle/, which tests and measures the wheels on an offline GPU machine."""
     packages = named_packages(session)
-    bundled = [find_wheel(session, package) for package in packages]
+    bundled = {package: find_wheel(session, package) for package in packages}
     shutil.rmtree(BUNDLE, ignore_errors=True)
     stage_tests(BUNDLE, packages)
-    for wheel in bundled:
+    for wheel in bundled.values():
         copy(wheel, BUNDLE / "wheels" / wheel.name)
     # The GPU machine may have no compiler for what is not in the wheels.
     python = build_python(session)
     if "stable_common" in packages:
-        install(session, python, "--no-deps", "--reinstall", find_wheel(session, "stable_common"))
+        install(session, python, "--no-deps", "--reinstall", bundled["stable_common"])
         probe = BUNDLE / "packages" / "stable_common" / "tests" / "probe"
         session.run(python, probe / "build.py", probe, env=build_environ(), external=True)
     for tune in sorted(BUNDLE.glob("packages/*/benchmarks/tune.cu")):
