@@ -17,12 +17,6 @@ SEED_VARIABLE = "DEEPSEEK_MLA_TEST_SEED"
 BASE_SEED = int(os.environ.get(SEED_VARIABLE) or secrets.randbits(31))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs one CUDA device")
-    config.addinivalue_line("markers", "multi_gpu: needs two CUDA devices or more")
-    config.addinivalue_line("markers", "sanitizer: runs kernels under compute-sanitizer")
-
-
 def pytest_report_header() -> str:
     return f"deepseek_mla: {SEED_VARIABLE}={BASE_SEED}, torch {torch.__version__}"
 

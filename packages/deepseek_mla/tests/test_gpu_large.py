@@ -115,7 +115,7 @@ def test_many_tokens_at_128_heads(seed: int, op: str, num_tokens: int, with_q_ou
     sampled.args["slot_mapping"] = sampled.args["slot_mapping"][:0]
     sampled.run(reference)
     cache = mla_calls.clone_with_storage(call.args["k_cache"], "cuda")
-    reference.insert_kv(
+    reference.fused_deepseek_v4_kv_rope_insert(
         call.args["kv"],
         cache,
         call.args["slot_mapping"],

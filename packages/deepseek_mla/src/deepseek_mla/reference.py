@@ -278,20 +278,21 @@ def rotate_kv(kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply_rope(kv.float(), cos, sin).to(kv.dtype)
 
 
-def insert_kv(
+def fused_deepseek_v4_kv_rope_insert(
     kv: Tensor,
     k_cache: Tensor,
     slot_mapping: Tensor,
     position_ids: Tensor,
     cos_sin_cache: Tensor,
     cache_block_size: int,
-    fp8_scale: Tensor | None,
-    kv_mxfp8: bool,
+    fp8_scale: Tensor | None = None,
+    kv_mxfp8: bool = False,
 ) -> None:
-    """Rotate KV rows and write them to their slots, in the format of the cache's dtype.
+    """Reference of the operator of this name, and of every other one's insert.
 
-    A row is skipped if it has no slot (``slot_mapping`` is shorter than ``kv``), if its slot is
-    negative or past the cache's end, or if its position is outside the table.
+    Rotates KV rows and writes them to their slots, in the format of the cache's dtype. A row is
+    skipped if it has no slot (``slot_mapping`` is shorter than ``kv``), if its slot is negative or
+    past the cache's end, or if its position is outside the table.
     """
     num_slots = k_cache.shape[0] * cache_block_size
     num_rows = slot_mapping.shape[0]
@@ -385,33 +386,16 @@ def fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(
             )
             target[tokens, :num_heads] = x.to(q_out.dtype).view(target[tokens, :num_heads].shape)
         target[:, num_heads:] = 0
-    insert_kv(
-        kv, k_cache, slot_mapping, position_ids, cos_sin_cache, cache_block_size, None, kv_mxfp8
-    )
-    return q_out
-
-
-def fused_deepseek_v4_kv_rope_insert(
-    kv: Tensor,
-    k_cache: Tensor,
-    slot_mapping: Tensor,
-    position_ids: Tensor,
-    cos_sin_cache: Tensor,
-    cache_block_size: int,
-    fp8_scale: Tensor | None = None,
-    kv_mxfp8: bool = False,
-) -> None:
-    """Reference of the operator of this name; see :mod:`deepseek_mla.ops`."""
-    insert_kv(
+    fused_deepseek_v4_kv_rope_insert(
         kv,
         k_cache,
         slot_mapping,
         position_ids,
         cos_sin_cache,
         cache_block_size,
-        fp8_scale,
-        kv_mxfp8,
+        kv_mxfp8=kv_mxfp8,
     )
+    return q_out
 
 
 def fused_deepseek_v4_kv_norm_rope_quant_insert(
@@ -426,15 +410,8 @@ def fused_deepseek_v4_kv_norm_rope_quant_insert(
 ) -> None:
     """Reference of the operator of this name; see :mod:`deepseek_mla.ops`."""
     normalized = (rms_norm(kv.float(), eps) * norm_weight.float()).to(kv.dtype)
-    insert_kv(
-        normalized,
-        k_cache,
-        slot_mapping,
-        position_ids,
-        cos_sin_cache,
-        cache_block_size,
-        None,
-        False,
+    fused_deepseek_v4_kv_rope_insert(
+        normalized, k_cache, slot_mapping, position_ids, cos_sin_cache, cache_block_size
     )
 
 
@@ -454,7 +431,9 @@ def fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert(
         q[tokens] = normalize_and_rotate_q(
             q[tokens], position_ids[tokens], cos_sin_cache, eps, apply_q_norm, True
         ).to(q.dtype)
-    insert_kv(kv, k_cache, slot_mapping, position_ids, cos_sin_cache, cache_block_size, None, False)
+    fused_deepseek_v4_kv_rope_insert(
+        kv, k_cache, slot_mapping, position_ids, cos_sin_cache, cache_block_size
+    )
 
 
 def fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert(
@@ -478,8 +457,8 @@ def fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert(
             q[tokens], position_ids[tokens], cos_sin_cache, eps, apply_q_norm, True
         )
         q_bits[tokens] = quantize_e4m3(x * q_fp8_scale_inv.reshape(1))
-    insert_kv(
-        kv, k_cache, slot_mapping, position_ids, cos_sin_cache, cache_block_size, fp8_scale, False
+    fused_deepseek_v4_kv_rope_insert(
+        kv, k_cache, slot_mapping, position_ids, cos_sin_cache, cache_block_size, fp8_scale
     )
 
 
