@@ -4,14 +4,13 @@
 #include "kv_insert.cuh"
 #include "query.cuh"
 #include "stable_common/launch.h"
+#include "stable_common/vector.cuh"
 
 namespace deepseek_mla {
 
 namespace device {
 
-__device__ __forceinline__ void prefetch_to_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
+using stable_common::prefetch_to_l2;
 
 // A load that may race with a store of the previous grid. Its value must not decide a result.
 __device__ __forceinline__ int64_t load_early(const int64_t* address) {
@@ -26,8 +25,7 @@ __device__ __forceinline__ int64_t load_early(const int32_t* address) {
 }
 
 // Brings what a warp will read into L2 while the previous grid still runs, so that a small call
-// does not wait for memory twice, once for positions and once for what they index. L2 is where the
-// GPU's writes meet: what the previous grid has yet to write is updated there.
+// does not wait for memory twice, once for positions and once for what they index.
 //
 // If that grid changes the position, the wrong cosines were prefetched and no more than that: the
 // work that follows reads the position again.

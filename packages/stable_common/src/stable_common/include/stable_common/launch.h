@@ -45,9 +45,9 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 }
 
 // Allows the next grid of the stream to be scheduled. It says nothing about this grid's writes: the
-// next grid sees those through its own wait_for_previous_grid(), which waits for this grid's end. But
-// the compiler moves no access across it, so that what a block has done before, an atomic whose result
-// it has used say, is done when a block of the next grid starts.
+// next grid sees those through its own wait_for_previous_grid(), which waits for this grid's end.
+// But the compiler moves no access across it, so that what a block has done before, an atomic whose
+// result it has used say, is done when a block of the next grid starts.
 __device__ __forceinline__ void allow_next_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -16,6 +16,12 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* address) {
   return *static_cast<const uint4*>(address);
 }
 
+// Brings a line into L2, where the GPU's writes meet: what another grid has yet to write there is
+// updated, so this may be asked for before wait_for_previous_grid().
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Two values of a 16-bit floating-point type in a 32-bit word, the first in the low half.
 template <typename Element>
 struct Packed2;
