@@ -1,0 +1,78 @@
+// One rank's all-reduce state on the host: whom it talks to, how long it waits, what has failed.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "all_reduce.h"
+#include "shared_buffer.h"
+#include "stable_common/device_properties.h"
+
+namespace custom_ar {
+
+class Communicator {
+ public:
+  // `buffers` are the shared buffers of all ranks as this process maps them, `rank`'s own on
+  // `device_index`, which must be current.
+  Communicator(const char* op, std::vector<void*> buffers, int rank, int device_index);
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  int rank() const { return rank_; }
+  int world_size() const { return static_cast<int>(buffers_.size()); }
+  int device_index() const { return device_index_; }
+
+  void set_timeout(double seconds) { timeout_ns_ = static_cast<uint64_t>(seconds * 1e9); }
+
+  // Throws if a call has failed.
+  void check_failure(const char* op) const;
+
+  // The ranks that did not take part in the call that failed, if that is how it did.
+  std::vector<int64_t> missing_ranks() const;
+
+  // Reduces `num_elements` on `stream`, in as many pieces as the slots ask for. `output` may be
+  // `input`.
+  void all_reduce(const char* op, const void* input, void* output, int64_t num_elements,
+                  ElementType type, const AllReduceTuning& tuning, cudaStream_t stream);
+
+  // Waits for the device, then tells the peers that this rank will not write to them any more.
+  void announce_close();
+  // The peers that have not told so.
+  std::vector<int64_t> open_peers() const;
+
+  // Closes mappings of peers' memory with the communicator.
+  void add_mappings(const std::vector<void*>& addresses);
+
+ private:
+  void order_after_other_streams(cudaStream_t stream);
+
+  int rank_;
+  int device_index_;
+  int64_t slot_bytes_ = 0;
+  uint64_t timeout_ns_;
+  std::vector<void*> buffers_;
+  std::vector<void*> mappings_;
+  FailureRecord* record_ = nullptr;         // host memory
+  FailureRecord* device_record_ = nullptr;  // the same, as the device maps it
+  stable_common::DeviceProperties device_;
+
+  // Calls are ordered across streams in the order they are made: on two streams at once they would
+  // read each other's data. Events are recorded once a second stream has been seen while the first
+  // was at work.
+  cudaEvent_t last_call_ = nullptr;
+  cudaStream_t last_stream_ = nullptr;
+  bool has_called_ = false;
+  bool has_several_streams_ = false;
+};
+
+// The communicators of this process by id. Ids are not reused.
+int64_t add_communicator(std::unique_ptr<Communicator> communicator);
+Communicator& find_communicator(const char* op, int64_t id);
+void remove_communicator(const char* op, int64_t id);
+
+}  // namespace custom_ar

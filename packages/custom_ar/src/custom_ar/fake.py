@@ -1,0 +1,50 @@
+"""Fake (meta) implementations, for ``torch.compile`` and ``FakeTensorMode``.
+
+Calls can be traced; setting up and ending a communicator cannot, since that is about real memory.
+What needs no memory, such as ``meta_size``, has one implementation for all devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def _functional_all_reduce(input: Tensor, communicator: int) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _write_arguments(*args: Any) -> None:
+    """Stand for an operator that returns nothing; the kernel checks the arguments when it runs."""
+
+
+def _refuse(name: str) -> None:
+    def fake(*args: Any) -> NoReturn:
+        raise RuntimeError(f"custom_ar::{name}: cannot be traced; call it outside of torch.compile")
+
+    torch.library.register_fake(f"custom_ar::{name}", fake)
+
+
+torch.library.register_fake("custom_ar::functional_all_reduce", _functional_all_reduce)
+for _name in ("all_reduce", "_all_reduce_as"):
+    torch.library.register_fake(f"custom_ar::{_name}", _write_arguments)
+for _name in (
+    "init_custom_ar",
+    "dispose",
+    "register_buffer",
+    "get_graph_buffer_ipc_meta",
+    "register_graph_buffers",
+    "allocate_shared_buffer_and_handle",
+    "open_mem_handle",
+    "free_shared_buffer",
+    "_try_all_reduce",
+    "_try_all_reduce_new",
+    "_set_timeout",
+    "_check",
+    "_missing_ranks",
+    "_announce_close",
+    "_open_peers",
+):
+    _refuse(_name)

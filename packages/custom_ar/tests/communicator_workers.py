@@ -1,0 +1,562 @@
+"""What a rank does in the tests of the communicator without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import custom_ar
+import torch
+import torch.distributed as dist
+from custom_ar import communicator as module
+from ranks import Rank
+from torch import Tensor
+
+
+class Records(logging.Handler):
+    """What the package logs, as (level, text)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[tuple[str, str]]]:
+    logger = logging.getLogger("custom_ar")
+    handler = Records()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.lines
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
+    """The type and the text of what a call raises."""
+    try:
+        result = function(*args, **kwargs)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    raise AssertionError(f"no error, but {result!r}")
+
+
+def own_values(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Small integers, different on each rank and exact in any type and order of additions."""
+    return (torch.arange(torch.Size(shape).numel()).view(shape) % 13 + 2 * rank).to(dtype)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The values of a matrix in other layouts."""
+    rows, columns = x.shape
+    spaced = torch.zeros(rows, 2 * columns, dtype=x.dtype)[:, ::2]
+    return {
+        "contiguous": x.clone(),
+        "transposed": x.clone().t(),
+        "spaced": spaced.copy_(x),
+        "expanded": x[:1].clone().expand(4, columns),
+        "scalar": x[0, 0].clone(),
+        "unaligned": torch.cat([x.new_zeros(1), x.flatten()])[1:],
+    }
+
+
+def check_calls(rank: Rank, communicator: custom_ar.Communicator, dtype: torch.dtype) -> None:
+    """Every way to call, with every layout."""
+    total = sum(own_values(r, (5, 7), torch.float64) for r in range(communicator.world_size))
+    mine = own_values(communicator.rank, (5, 7), dtype)
+    for name, x in layouts(mine).items():
+        expected = layouts(total.to(dtype))[name]
+        before = x.clone()
+
+        result = communicator.all_reduce(x)
+        assert torch.equal(result, expected), name
+        assert result.dtype == dtype
+        assert result.stride() == torch.empty_like(x).stride(), name
+        assert result.data_ptr() != x.data_ptr()
+        assert torch.equal(x, before), name
+
+        out = torch.full_like(x, 99)
+        if name not in ("spaced", "expanded"):
+            assert out.stride() == x.stride()
+        assert communicator.all_reduce(x, out=out) is out
+        assert torch.equal(out, expected), name
+        assert torch.equal(x, before), name
+
+        if name != "expanded":
+            assert communicator.all_reduce(x, out=x) is x
+            assert torch.equal(x, expected), name
+
+    empty = torch.empty(0, 3, dtype=dtype)
+    assert communicator.all_reduce(empty).shape == (0, 3)
+    assert communicator.all_reduce(empty, out=empty) is empty
+
+
+def check_closed(communicator: custom_ar.Communicator) -> None:
+    assert communicator.closed
+    communicator.close()
+    x = torch.ones(3)
+    assert not communicator.supports(x)
+    for name, call in (
+        ("all_reduce", lambda: communicator.all_reduce(x)),
+        ("all_reduce", lambda: communicator.all_reduce(x, out=x)),
+        ("all_reduce", lambda: torch.ops.custom_ar.functional_all_reduce(x, communicator._id)),
+        ("check", communicator.check),
+    ):
+        expected = f"custom_ar.Communicator.{name}: the communicator is closed"
+        assert error_of(call) == ("RuntimeError", expected)
+    assert communicator.missing_ranks == []
+
+
+def fallback(rank: Rank) -> tuple[str | None, list[tuple[str, str]]]:
+    """A communicator of CPU tensors; why it falls back, and all that was logged."""
+    with logged() as lines:
+        communicator = custom_ar.Communicator(rank.group, rank.device)
+        assert (communicator.rank, communicator.world_size) == (rank.rank, rank.world_size)
+        assert communicator.device == rank.device
+        assert communicator.group is rank.group
+        assert communicator.max_size == 32 << 20
+        assert communicator.timeout == 30.0
+        assert not communicator.closed
+        assert not communicator.supports(torch.ones(3))
+        with communicator, communicator.capture():
+            for dtype in (
+                torch.float32,
+                torch.float16,
+                torch.bfloat16,
+                torch.float64,
+                torch.int64,
+            ):
+                check_calls(rank, communicator, dtype)
+            communicator.check()
+            assert communicator.missing_ranks == []
+        check_closed(communicator)
+    return communicator.fallback_reason, lines
+
+
+def default_group(rank: Rank) -> None:
+    with custom_ar.Communicator(device="cpu") as communicator:
+        assert communicator.group is dist.group.WORLD
+        x = torch.full((3,), rank.rank + 1.0)
+        total = communicator.all_reduce(x)
+    assert (total == rank.world_size * (rank.world_size + 1) // 2).all()
+
+
+def no_gradients(rank: Rank) -> None:
+    with custom_ar.Communicator(rank.group, rank.device) as communicator:
+        x = torch.ones(4, requires_grad=True)
+        result = communicator.all_reduce(x * 2)
+        assert not result.requires_grad
+        assert (result == 2 * rank.world_size).all()
+
+
+def out_errors(rank: Rank) -> list[tuple[str, str]]:
+    """No rank gets as far as to call the others."""
+    with custom_ar.Communicator(rank.group, rank.device) as communicator:
+        x = torch.ones(3)
+        bad = (torch.ones(3, dtype=torch.float64), torch.ones(4), torch.ones(3, device="meta"))
+        return [error_of(communicator.all_reduce, x, out=out) for out in bad]
+
+
+def compiled(rank: Rank) -> None:
+    """Whole graphs, one for all sizes, and the eager results."""
+    torch.compiler.reset()
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with custom_ar.Communicator(rank.group, rank.device) as communicator:
+
+        def step(x: Tensor) -> Tensor:
+            return communicator.all_reduce(x * 2) + 1
+
+        function = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
+        for size in (5, 17, 33):
+            x = own_values(rank.rank, (size, 3), torch.float32)
+            before = x.clone()
+            assert torch.equal(function(x), step(x))
+            assert torch.equal(x, before)
+        assert len(graphs) == 1
+        targets = [node.target for node in graphs[0].graph.nodes]
+        assert torch.ops.custom_ar.functional_all_reduce in [
+            getattr(target, "overloadpacket", target) for target in targets
+        ]
+
+        def into(x: Tensor, out: Tensor) -> Tensor:
+            return communicator.all_reduce(x, out=out)
+
+        out = torch.zeros(5, 3)
+        x = own_values(rank.rank, (5, 3), torch.float32)
+        assert torch.compile(into, fullgraph=True, backend="aot_eager")(x, out) is out
+        assert torch.equal(out, communicator.all_reduce(x))
+        expected = out.clone()
+        assert torch.compile(into, fullgraph=True, backend="aot_eager")(x, x) is x
+        assert torch.equal(x, expected)
+
+
+def compiled_with_inductor(rank: Rank) -> None:
+    """Two calls and nothing that inductor would want a C++ compiler for."""
+    torch.compiler.reset()
+    with custom_ar.Communicator(rank.group, rank.device) as communicator:
+
+        def program(x: Tensor) -> tuple[Tensor, Tensor]:
+            first = communicator.all_reduce(x)
+            return first, communicator.all_reduce(first.t())
+
+        function = torch.compile(program, fullgraph=True)
+        for round_ in range(3):
+            x = own_values(rank.rank + round_, (5, 3), torch.bfloat16)
+            before = x.clone()
+            first, second = function(x)
+            assert torch.equal(x, before)
+            assert torch.equal(first, communicator.all_reduce(x))
+            assert torch.equal(second, communicator.all_reduce(first.t()))
+
+
+def subgroup(rank: Rank, members: list[int]) -> tuple[str | None, list[tuple[str, str]]] | str:
+    """In a group of some of the ranks; the error of the others."""
+    group = dist.new_group(members, backend="gloo")
+    if rank.rank not in members:
+        kind, text = error_of(custom_ar.Communicator, group, "cpu")
+        assert kind == "ValueError"
+        return text
+    inside = Rank(members.index(rank.rank), len(members), rank.device, group, rank.directory)
+    result = fallback(inside)
+    dist.destroy_process_group(group)
+    return result
+
+
+def spanning_hosts(rank: Rank, hosts: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
+    """Ranks that believe to be on these hosts."""
+    host = hosts[rank.rank]
+    with mock.patch.object(module, "_host", return_value=(host, f"boot id of {host}")):
+        return fallback(rank)
+
+
+def without_cpu_backend(rank: Rank) -> tuple[str, str]:
+    group = dist.new_group(backend="cuda:gloo")
+    return error_of(custom_ar.Communicator, group, "cpu")
+
+
+def bad_argument(
+    rank: Rank, bad_rank: int, arguments: dict[str, Any], environment: dict[str, str]
+) -> tuple[str, str]:
+    """The error of each rank where one has a bad argument; the next communicator works."""
+    is_bad = rank.rank == bad_rank
+    with mock.patch.dict(os.environ, environment if is_bad else {}):
+        error = error_of(
+            custom_ar.Communicator, rank.group, **{"device": "cpu", **(arguments if is_bad else {})}
+        )
+    default_group(rank)
+    return error
+
+
+def other_version(rank: Rank) -> tuple[str, str]:
+    with mock.patch.object(module, "_VERSION", f"1.{rank.rank}"):
+        return error_of(custom_ar.Communicator, rank.group, "cpu")
+
+
+def timeouts(rank: Rank) -> list[float]:
+    """From the argument, the environment, and neither."""
+    with mock.patch.dict(os.environ, {"CUSTOM_AR_TIMEOUT": "2.5"}):
+        given = custom_ar.Communicator(rank.group, "cpu", timeout=1)
+        named = custom_ar.Communicator(rank.group, "cpu")
+    with mock.patch.dict(os.environ, {"CUSTOM_AR_TIMEOUT": ""}):
+        neither = custom_ar.Communicator(rank.group, "cpu")
+    return [each.timeout for each in (given, named, neither)]
+
+
+class StandIn:
+    """The operators, by a process group on the CPU: what a communicator asks of them, and when.
+
+    ``failing`` names operators that raise, or ``writes``, which the peers do not see then.
+    """
+
+    def __init__(self, rank: Rank, failing: str | None = None) -> None:
+        self.rank = rank
+        self.failing = failing
+        self.calls: list[str] = []
+        self.own: set[int] = set()
+        self.opened: set[int] = set()
+        self.live: set[int] = set()
+        self.timeouts: list[float] = []
+        self.open_peers: list[int] = []
+        self.missing: list[int] = []
+        self.failure: str | None = None
+        self._addresses = itertools.count(1000 * (rank.rank + 1))
+
+    def _enter(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.failing:
+            raise RuntimeError(f"{name} failed\nand more lines")
+
+    def _buffer_size(self, world_size: int, max_size: int) -> int:
+        return torch.ops.custom_ar._buffer_size(world_size, max_size)
+
+    def allocate_shared_buffer_and_handle(self, size: int) -> tuple[int, Tensor]:
+        self._enter("allocate_shared_buffer_and_handle")
+        address = next(self._addresses)
+        self.own.add(address)
+        return address, torch.full((64,), self.rank.rank, dtype=torch.uint8)
+
+    def open_mem_handle(self, mem_handle: Tensor) -> int:
+        self._enter("open_mem_handle")
+        assert mem_handle.shape == (64,)
+        assert mem_handle[0] != self.rank.rank
+        address = next(self._addresses)
+        self.opened.add(address)
+        return address
+
+    def init_custom_ar(self, addresses: list[int], rank_data: Tensor, rank: int, full: bool) -> int:
+        self._enter("init_custom_ar")
+        assert rank == self.rank.rank
+        assert len(addresses) == self.rank.world_size
+        assert set(addresses) == self.own | self.opened
+        assert addresses[rank] in self.own
+        self.live.add(7)
+        return 7
+
+    def _set_timeout(self, fa: int, seconds: float) -> None:
+        assert fa in self.live
+        self.timeouts.append(seconds)
+
+    def _all_reduce_as(self, fa: int, inp: Tensor, out: Tensor, algorithm: int, *_: int) -> None:
+        assert fa in self.live
+        self.calls.append(f"algorithm {algorithm}")
+        out.copy_(inp)
+        dist.all_reduce(out, group=self.rank.group)
+        if self.failing == "writes":
+            out.copy_(inp)
+
+    def all_reduce(self, fa: int, inp: Tensor, out: Tensor, buffer: int, size: int) -> None:
+        assert fa in self.live
+        assert inp.stride() == out.stride()
+        assert (buffer, size) == (0, 0)
+        self.calls.append("all_reduce")
+        total = inp.contiguous().clone()
+        dist.all_reduce(total, group=self.rank.group)
+        out.copy_(total)
+
+    def try_all_reduce(self, fa: int, inp: Tensor, out: Tensor, max_size: int) -> bool:
+        is_dense = inp.is_contiguous() or module._is_dense(inp)
+        if not (is_dense and inp.dtype in module.DTYPES and 0 < inp.nbytes <= max_size):
+            return False
+        self.all_reduce(fa, inp, out, 0, 0)
+        return True
+
+    def try_all_reduce_new(self, fa: int, inp: Tensor, max_size: int) -> Tensor | None:
+        out = torch.empty_like(inp)
+        return out if self.try_all_reduce(fa, inp, out, max_size) else None
+
+    def _check(self, fa: int) -> None:
+        self._enter("_check")
+        assert fa in self.live
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+
+    def _missing_ranks(self, fa: int) -> list[int]:
+        assert fa in self.live
+        return list(self.missing)
+
+    def _announce_close(self, fa: int) -> None:
+        self._enter("_announce_close")
+        assert fa in self.live
+
+    def _open_peers(self, fa: int) -> list[int]:
+        self.calls.append("_open_peers")
+        assert fa in self.live
+        return list(self.open_peers)
+
+    def dispose(self, fa: int) -> None:
+        self._enter("dispose")
+        self.live.remove(fa)
+        self.opened.clear()
+
+    def free_shared_buffer(self, address: int) -> None:
+        self._enter("free_shared_buffer")
+        (self.own if address in self.own else self.opened).remove(address)
+
+    def holds_nothing(self) -> bool:
+        return not (self.own or self.opened or self.live)
+
+
+@contextlib.contextmanager
+def stand_in(rank: Rank, failing: str | None = None) -> Iterator[StandIn]:
+    """Lets communicators of CPU tensors take the way that those of CUDA tensors take."""
+    ops = StandIn(rank, failing)
+    with (
+        mock.patch.object(module, "_ops", ops),
+        mock.patch.object(module, "_try_all_reduce", ops.try_all_reduce),
+        mock.patch.object(module, "_try_all_reduce_new", ops.try_all_reduce_new),
+        mock.patch.object(module, "_obstacle", return_value=None),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "synchronize"),
+    ):
+        yield ops
+
+
+def failing_step(
+    rank: Rank, failing: str, failing_rank: int
+) -> tuple[str | None, list[tuple[str, str]]]:
+    """Setting up fails on one rank: all fall back, and nothing is left allocated."""
+    with stand_in(rank, failing if rank.rank == failing_rank else None) as ops, logged() as lines:
+        communicator = custom_ar.Communicator(rank.group, rank.device, timeout=3)
+        assert ops.holds_nothing() or failing in ("dispose", "free_shared_buffer")
+        assert not communicator.supports(torch.ones(3))
+        with communicator:
+            check_calls(rank, communicator, torch.float32)
+        check_closed(communicator)
+        assert "all_reduce" not in ops.calls
+    return communicator.fallback_reason, lines
+
+
+def kernels(rank: Rank) -> list[tuple[str, str]]:
+    """Which calls the kernels get, in which layout, and what is logged of the others."""
+    with stand_in(rank) as ops, logged() as lines:
+        communicator = custom_ar.Communicator(rank.group, rank.device, max_size=400, timeout=3)
+        assert communicator.fallback_reason is None
+        assert communicator.timeout == 3
+        # The last is the one that calls are made with.
+        assert ops.timeouts == [10.0, 3]
+        assert [c for c in ops.calls if c.startswith("algorithm")] == [
+            "algorithm 0",
+            "algorithm 0",
+            "algorithm 1",
+            "algorithm 1",
+        ]
+        assert lines == []
+
+        def calls_of(function: Callable[[], object]) -> int:
+            before = ops.calls.count("all_reduce")
+            function()
+            return ops.calls.count("all_reduce") - before
+
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            check_calls(rank, communicator, dtype)
+            for name, x in layouts(own_values(rank.rank, (5, 7), dtype)).items():
+                is_dense = name not in ("spaced", "expanded")
+                assert communicator.supports(x) == is_dense, name
+                assert calls_of(lambda x=x: communicator.all_reduce(x)) == 1, name
+        assert not communicator.supports(torch.empty(0))
+        assert calls_of(lambda: communicator.all_reduce(torch.empty(0))) == 0
+        assert communicator.supports(torch.ones(100))
+        assert lines == []
+
+        large = own_values(rank.rank, (101,), torch.float32)
+        double = own_values(rank.rank, (3,), torch.float64)
+        total = sum(own_values(r, (101,), torch.float32) for r in range(rank.world_size))
+        for _ in range(2):
+            for x in (large, double):
+                assert not communicator.supports(x)
+                assert calls_of(lambda x=x: communicator.all_reduce(x)) == 0
+        assert torch.equal(communicator.all_reduce(large), total)
+        assert calls_of(lambda: check_calls(rank, communicator, torch.int64)) == 0
+
+        communicator.check()
+        ops.failure = "a call has failed"
+        assert error_of(communicator.check) == ("RuntimeError", "a call has failed")
+        ops.failure = None
+
+        log = list(lines)
+        communicator.close()
+        assert ops.holds_nothing()
+        order = ("_announce_close", "_open_peers", "dispose", "free_shared_buffer")
+        assert [call for call in ops.calls if call in order] == list(order)
+        assert lines == log
+        check_closed(communicator)
+    return log
+
+
+def closing(rank: Rank, timeout: float) -> dict[str, Any]:
+    """Peers that stay open are waited for, in bounds; missing ranks are not."""
+    result: dict[str, Any] = {}
+    with stand_in(rank) as ops, logged() as lines:
+
+        def close() -> float:
+            communicator = custom_ar.Communicator(rank.group, rank.device, timeout=timeout)
+            ops.open_peers = [1 - rank.rank]
+            begin = time.monotonic()
+            communicator.close()
+            seconds = time.monotonic() - begin
+            assert ops.holds_nothing()
+            assert communicator.missing_ranks == ops.missing
+            return seconds
+
+        result["open"] = close()
+        result["open lines"] = list(lines)
+        lines.clear()
+        ops.missing = [1 - rank.rank]
+        result["missing"] = close()
+        ops.missing = []
+        result["missing lines"] = list(lines)
+        # The device has failed for good: nothing can be released, and nothing is raised.
+        ops.failing = None
+        communicator = custom_ar.Communicator(rank.group, rank.device, timeout=timeout)
+        ops.failing = "_announce_close"
+        communicator.close()
+        assert communicator.closed
+        assert ops.holds_nothing()
+        result["failed lines"] = list(lines)
+    return result
+
+
+def forgotten(rank: Rank) -> list[str]:
+    """A communicator that is dropped says so, waits for nothing and leaves its memory alone."""
+    with stand_in(rank) as ops:
+        communicator = custom_ar.Communicator(rank.group, rank.device, timeout=60)
+        ops.open_peers = [1 - rank.rank]
+        begin = time.monotonic()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del communicator
+            gc.collect()
+        assert time.monotonic() - begin < 5
+        assert ops.own
+        assert ops.live
+        texts = [str(w.message) for w in caught if w.category is ResourceWarning]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        communicator = custom_ar.Communicator(rank.group, rank.device)
+        identity = communicator._id
+        del communicator
+        gc.collect()
+    assert [w for w in caught if w.category is ResourceWarning] == []
+    kind, text = error_of(torch.ops.custom_ar.functional_all_reduce, torch.ones(1), identity)
+    assert kind == "RuntimeError"
+    assert text.startswith("custom_ar::functional_all_reduce: communicator must be the id of")
+    return texts
+
+
+def facts(count: int, **changes: Any) -> list[Any]:
+    """What ``count`` ranks on one host of good GPUs know of themselves."""
+    one = SimpleNamespace(
+        version="1",
+        max_size=1,
+        host_name="a",
+        host_id="a",
+        device="cuda",
+        device_name="GPU",
+        device_uuid="u",
+        capability=(9, 0),
+        problem=None,
+    )
+    ranks = [SimpleNamespace(**vars(one)) for _ in range(count)]
+    for name, value in changes.items():
+        setattr(ranks[-1], name, value)
+    return ranks

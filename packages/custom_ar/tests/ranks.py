@@ -1,0 +1,399 @@
+"""Runs the ranks of a test: as processes, or all of them in this process on one GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import custom_ar  # noqa: F401  defines torch.ops.custom_ar
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The kernels of LocalRanks wait for each other, so each stream needs a hardware queue of its own.
+# CUDA reads this when it makes a context.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+# A host whose name does not resolve, as on an offline machine, has a loopback interface still.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+START_SECONDS = 180
+GROUP_SECONDS = 90
+# What the other ranks get to report what they met, once one has failed.
+GRACE_SECONDS = 10
+
+
+class RankFailure(Exception):
+    """Some ranks raised, died or did not answer; the message has each one's traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Died:
+    """The result of a rank whose process ended; a negative code is the signal that ended it."""
+
+    exit_code: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """What a function that runs on a rank is given."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+    directory: Path  # shared by the ranks, for files of theirs
+
+    def regroup(self, ranks: Sequence[int]) -> Rank:
+        """Leave the group for a new one of ``ranks``, all of which call this."""
+        dist.destroy_process_group()
+        name = "group_" + "_".join(map(str, ranks))
+        return join_group(
+            ranks.index(self.rank), len(ranks), self.device, self.directory, name, "gloo"
+        )
+
+
+def join_group(
+    rank: int, world_size: int, device: torch.device, directory: Path, name: str, backend: str
+) -> Rank:
+    dist.init_process_group(
+        backend,
+        store=dist.FileStore(str(directory / name), world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=GROUP_SECONDS),
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    return Rank(rank, world_size, device, group, directory)
+
+
+def serve(
+    connection: Connection, rank: int, world_size: int, device: str, directory: Path, backend: str
+) -> None:
+    """Join the group, then run what is asked for until the other end of ``connection`` closes."""
+
+    def attempt(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            result = function(*args)
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+            return None
+        connection.send((True, None if isinstance(result, Rank) else result))
+        return result
+
+    def begin() -> Rank:
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+        return join_group(rank, world_size, torch.device(device), directory, "group", backend)
+
+    context = attempt(begin)
+    while context is not None:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            break
+        except Exception:  # what was sent cannot be imported here
+            connection.send((False, traceback.format_exc()))
+            continue
+        attempt(function, context, *args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class RankProcesses:
+    """A process for each rank, that runs one function after the other on all ranks.
+
+    Rank r has device ``devices[r % len(devices)]``, or the CPU. The group is of ``backend``. Any
+    failure ends all the processes.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        devices: Sequence[str] | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        backend: str = "gloo",
+    ) -> None:
+        self.world_size = world_size
+        self.is_broken = False
+        self._directory = tempfile.TemporaryDirectory(
+            prefix="custom-ar-", ignore_cleanup_errors=True
+        )
+        self._processes: list[BaseProcess] = []
+        self._connections: list[Connection] = []
+        context = multiprocessing.get_context("spawn")
+        devices = devices or ["cpu"]
+        with environment(env or {}):
+            for rank in range(world_size):
+                own_end, its_end = context.Pipe()
+                process = context.Process(
+                    target=serve,
+                    args=(
+                        its_end,
+                        rank,
+                        world_size,
+                        devices[rank % len(devices)],
+                        Path(self._directory.name),
+                        backend,
+                    ),
+                    daemon=True,
+                )
+                process.start()
+                its_end.close()
+                self._processes.append(process)
+                self._connections.append(own_end)
+        self._collect(START_SECONDS, may_die=())
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = 120,
+        may_die: Collection[int] = (),
+    ) -> list[Any]:
+        """Return ``function(rank, *args)`` of each rank; the function is pickled by its name.
+
+        The result of a rank in ``may_die`` whose process ended is ``Died``.
+
+        Raises:
+            RankFailure: a rank raised, died or took longer than ``timeout`` seconds.
+        """
+        assert not self.is_broken
+        for connection in self._connections:
+            connection.send((function, args))
+        return self._collect(timeout, may_die)
+
+    def _collect(self, timeout: float, may_die: Collection[int]) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        pending = set(range(self.world_size))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while pending:
+            awaited: dict[Any, int] = {}
+            for rank in pending:
+                awaited[self._connections[rank]] = rank
+                awaited[self._processes[rank].sentinel] = rank
+            ready = {awaited[r] for r in wait(list(awaited), max(deadline - time.monotonic(), 0))}
+            if not ready:
+                failures |= dict.fromkeys(sorted(pending), "did not answer in time")
+                break
+            for rank in sorted(ready):
+                pending.remove(rank)
+                try:
+                    # Readable also at the end of the stream, which recv() reports.
+                    answer = self._connections[rank].recv()
+                except (EOFError, OSError):
+                    self.is_broken = True
+                    self._processes[rank].join(GRACE_SECONDS)
+                    exit_code = self._processes[rank].exitcode
+                    if rank in may_die:
+                        results[rank] = Died(exit_code)
+                    else:
+                        failures[rank] = f"died with exit code {exit_code}"
+                    continue
+                succeeded, value = answer
+                (results if succeeded else failures)[rank] = value
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if failures:
+            self.close(kill=True)
+            raise RankFailure(
+                "\n".join(
+                    f"rank {rank} of {self.world_size}: {text}" for rank, text in failures.items()
+                )
+            )
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self, kill: bool = False) -> None:
+        """End the processes, by force those that do not end by themselves."""
+        self.is_broken = True
+        for connection in self._connections:
+            connection.close()
+        deadline = time.monotonic() + (0 if kill else GRACE_SECONDS)
+        for process in self._processes:
+            process.join(max(deadline - time.monotonic(), 0))
+            if process.is_alive():
+                process.kill()
+                process.join(GRACE_SECONDS)  # the driver may have to end its work first
+        self._directory.cleanup()
+
+    def __enter__(self) -> RankProcesses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(kill=self.is_broken)
+
+
+def spawn_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    devices: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    backend: str = "gloo",
+    timeout: float = 120,
+    may_die: Collection[int] = (),
+) -> list[Any]:
+    """Start the processes of a ``RankProcesses``, run one function on them and end them."""
+    with RankProcesses(world_size, devices, env=env, backend=backend) as processes:
+        return processes.run(function, *args, timeout=timeout, may_die=may_die)
+
+
+def cuda_devices() -> list[str]:
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+
+
+class LocalRanks:
+    """All ranks in this process on one GPU, each on a stream of its own, through the raw operators.
+
+    The kernels of all ranks must fit onto the GPU at the same time: ``fits`` tells which do. Where
+    calls are queued a second one of each rank may be there too; messages of 16 KiB leave room for
+    that. Allocate and compute what calls need before ``launch``: a kernel that waits for a peer
+    holds up what waits for the whole device, such as the first launch of any other kernel.
+    """
+
+    # Not less than a thread of any kernel takes, out of those of a multiprocessor.
+    _REGISTERS_PER_THREAD = 128
+    _REGISTERS = 1 << 16
+    _CONTROL_THREADS = 32  # of a block, that move no data
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        max_size: int = 1 << 16,
+        buffer_bytes: int | None = None,
+        timeout: float = 20.0,
+    ) -> None:
+        self.ops = torch.ops.custom_ar
+        self.world_size = world_size
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.streams = [torch.cuda.Stream() for _ in range(world_size)]
+        if buffer_bytes is None:
+            buffer_bytes = self.ops._buffer_size(world_size, max_size)
+        self.buffers = [
+            self.ops.allocate_shared_buffer_and_handle(buffer_bytes)[0] for _ in range(world_size)
+        ]
+        rank_data = torch.empty(8, dtype=torch.uint8, device=self.device)
+        self.fas = [
+            self.ops.init_custom_ar(self.buffers, rank_data, rank, True)
+            for rank in range(world_size)
+        ]
+        for fa in self.fas:
+            self.ops._set_timeout(fa, timeout)
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether all ranks' kernels for a message find room at once, as they are tuned."""
+        _, num_blocks, threads, _ = self.ops._choose_tuning(self.world_size, num_bytes)
+        threads += self._CONTROL_THREADS
+        per_multiprocessor = self._REGISTERS // (self._REGISTERS_PER_THREAD * threads)
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return bool(self.world_size * num_blocks <= per_multiprocessor * multiprocessors)
+
+    def launch(self, call: Callable[[int], object], ranks: Sequence[int] | None = None) -> None:
+        """Let each rank ``call(rank)`` on its stream, between what the current stream has and gets.
+
+        Waits for nothing on the host.
+        """
+        current = torch.cuda.current_stream()
+        before = current.record_event()
+        for rank in range(self.world_size) if ranks is None else ranks:
+            self.streams[rank].wait_event(before)
+            with torch.cuda.stream(self.streams[rank]):
+                call(rank)
+        for stream in self.streams:
+            current.wait_stream(stream)
+
+    def call(
+        self,
+        rank: int,
+        inp: Tensor,
+        out: Tensor,
+        tuning: Sequence[int] | None = None,
+    ) -> None:
+        """One rank's call on the current stream.
+
+        ``tuning`` is algorithm, number of blocks, threads per block and depth.
+        """
+        if tuning is None:
+            self.ops.all_reduce(self.fas[rank], inp, out, 0, 0)
+        else:
+            self.ops._all_reduce_as(self.fas[rank], inp, out, *tuning)
+
+    def all_reduce(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        tuning: Sequence[int] | None = None,
+    ) -> None:
+        self.launch(lambda rank: self.call(rank, inputs[rank], outputs[rank], tuning))
+
+    def capture(self, call: Callable[[int], object]) -> list[torch.cuda.CUDAGraph]:
+        """Each rank's ``call(rank)`` as a graph."""
+        graphs = [torch.cuda.CUDAGraph() for _ in range(self.world_size)]
+        torch.cuda.synchronize()
+        for rank, graph in enumerate(graphs):
+            # torch.cuda.graph would collect garbage each time.
+            with torch.cuda.stream(self.streams[rank]):
+                graph.capture_begin()
+                try:
+                    call(rank)
+                finally:
+                    graph.capture_end()
+        return graphs
+
+    def replay(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+        self.launch(lambda rank: graphs[rank].replay())
+
+    def failure(self, rank: int) -> str:
+        """What the rank's next call would raise, empty if nothing."""
+        torch.cuda.synchronize()
+        try:
+            self.ops._check(self.fas[rank])
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def failures(self) -> list[str]:
+        return [self.failure(rank) for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        for fa in self.fas:
+            self.ops._announce_close(fa)
+        for fa in self.fas:
+            self.ops.dispose(fa)
+        for pointer in self.buffers:
+            self.ops.free_shared_buffer(pointer)
+        self.fas, self.buffers = [], []
+
+    def __enter__(self) -> LocalRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,333 @@
+"""The communicator over gloo with CPU tensors, in processes of 1, 2 and 3 ranks.
+
+The kernels are not run here. What comes before and after them is: a stand-in for the operators lets
+communicators of CPU tensors take the way that those of CUDA tensors take.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import communicator_workers as workers
+import custom_ar
+import pytest
+import torch
+import torch.distributed as dist
+from custom_ar import communicator as module
+from ranks import RankProcesses
+
+Run = Callable[..., list[Any]]
+# What torch makes of the backend "gloo".
+GLOO = str(dist.distributed_c10d.BackendConfig(dist.Backend("gloo")))
+EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
+
+
+def runner(world_size: int) -> Iterator[Run]:
+    """Runs functions on ranks that stay for the next test as long as none fails."""
+    started: list[RankProcesses] = []
+
+    def run(*args: Any, **options: Any) -> list[Any]:
+        if not started or started[-1].is_broken:
+            # Without worker processes of torch.compile's own.
+            env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            started.append(RankProcesses(world_size, env=env))
+        return started[-1].run(*args, **options)
+
+    yield run
+    for processes in started:
+        processes.close()
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Run]:
+    yield from runner(1)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Run]:
+    yield from runner(2)
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Run]:
+    yield from runner(3)
+
+
+def assert_one_line(
+    results: list[tuple[str | None, list[tuple[str, str]]]], reason: str, level: str = "INFO"
+) -> None:
+    """All ranks fall back for this reason, and each logged it in one line."""
+    world_size = len(results)
+    for rank, result in enumerate(results):
+        text = (
+            f"custom_ar: rank {rank} of {world_size}: all calls go to torch.distributed "
+            f"({GLOO}): {reason}"
+        )
+        assert result == (reason, [(level, text)])
+
+
+def test_one_rank(one: Run) -> None:
+    assert one(workers.fallback) == [(None, [])]
+    one(workers.default_group)
+    one(workers.compiled)
+
+
+def test_two_ranks(two: Run) -> None:
+    reason = "the kernels are for CUDA, and the device of ranks 0, 1 is cpu"
+    assert_one_line(two(workers.fallback), reason)
+
+
+def test_three_ranks(three: Run) -> None:
+    reason = "the kernels are for CUDA, and the device of ranks 0, 1, 2 is cpu"
+    assert_one_line(three(workers.fallback), reason)
+
+
+def test_default_group(two: Run) -> None:
+    two(workers.default_group)
+
+
+def test_no_gradient_is_recorded(two: Run) -> None:
+    two(workers.no_gradients)
+
+
+def test_compile_to_a_full_graph(two: Run) -> None:
+    two(workers.compiled)
+
+
+def test_compile_with_inductor(two: Run) -> None:
+    two(workers.compiled_with_inductor)
+
+
+@pytest.mark.parametrize("members", [[0, 2], [2, 1]], ids=str)
+def test_subgroup(three: Run, members: list[int]) -> None:
+    results = three(workers.subgroup, sorted(members))
+    [outside] = set(range(3)) - set(members)
+    assert results.pop(outside) == (
+        "custom_ar.Communicator: group must be a process group, got one that this process is not in"
+    )
+    reason = "the kernels are for CUDA, and the device of ranks 0, 1 is cpu"
+    assert_one_line(results, reason)
+
+
+def test_subgroup_of_one(three: Run) -> None:
+    results = three(workers.subgroup, [1])
+    assert results[1] == (None, [])
+
+
+def test_group_that_spans_hosts(three: Run) -> None:
+    results = three(workers.spanning_hosts, ["a", "b", "a"])
+    assert_one_line(results, "the group spans hosts: ranks 0, 2 on a, rank 1 on b")
+
+
+def test_group_without_a_cpu_backend(two: Run) -> None:
+    expected = (
+        "custom_ar.Communicator: group must have a CPU backend, to exchange handles, got "
+        "'cuda:gloo'; make it with the backend 'gloo' or 'cpu:gloo,cuda:nccl'"
+    )
+    assert two(workers.without_cpu_backend) == [("ValueError", expected)] * 2
+
+
+def test_no_default_group() -> None:
+    expected = (
+        "custom_ar.Communicator: group must be a process group, got None and there is no default "
+        "group; call torch.distributed.init_process_group first"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        custom_ar.Communicator()
+    with pytest.raises(ValueError, match=r"^custom_ar.Communicator: group must be .*, got gloo$"):
+        custom_ar.Communicator("gloo")
+
+
+BAD_ARGUMENTS = [
+    ({"max_size": 0}, {}, "max_size must be bytes in [1, 2^40], got 0"),
+    ({"max_size": 2**40 + 1}, {}, "max_size must be bytes in [1, 2^40], got 1099511627777"),
+    ({"max_size": 1e6}, {}, "max_size must be bytes in [1, 2^40], got 1000000.0"),
+    *(
+        (
+            {"timeout": value},
+            {},
+            f"timeout must be a positive number of seconds below 1e9, got {value!r}",
+        )
+        for value in (0, -1.5, float("inf"), float("nan"), 1e9, "soon")
+    ),
+    *(
+        (
+            {},
+            {"CUSTOM_AR_TIMEOUT": value},
+            f"CUSTOM_AR_TIMEOUT must be a positive number of seconds below 1e9, got {value!r}",
+        )
+        for value in ("0", "nan", "10s")
+    ),
+    ({"device": "gpu"}, {}, "device must be a torch device, got 'gpu'"),
+    ({"device": 1.5}, {}, "device must be a torch device, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "environment", "message"), BAD_ARGUMENTS, ids=str)
+def test_bad_argument_of_one_rank(
+    two: Run, arguments: dict[str, Any], environment: dict[str, str], message: str
+) -> None:
+    """All ranks raise, so that none waits for another."""
+    good, bad = two(workers.bad_argument, 1, arguments, environment)
+    assert bad == ("ValueError", f"custom_ar.Communicator: {message}")
+    assert good == ("ValueError", f"custom_ar.Communicator: on rank 1, {message}")
+
+
+def test_bad_argument_of_one_rank_alone(one: Run) -> None:
+    [error] = one(workers.bad_argument, 0, {"max_size": -1}, {})
+    assert error == (
+        "ValueError",
+        "custom_ar.Communicator: max_size must be bytes in [1, 2^40], got -1",
+    )
+
+
+def test_other_max_size(two: Run) -> None:
+    expected = (
+        "custom_ar.Communicator: max_size must be the same on all ranks, got 33554432 on rank 0 "
+        "and 1024 on rank 1"
+    )
+    assert two(workers.bad_argument, 1, {"max_size": 1024}, {}) == [("ValueError", expected)] * 2
+
+
+def test_other_version(two: Run) -> None:
+    expected = (
+        "custom_ar.Communicator: all ranks must have the same version of custom-ar, got 1.0 on "
+        "rank 0 and 1.1 on rank 1"
+    )
+    assert two(workers.other_version) == [("RuntimeError", expected)] * 2
+
+
+def test_timeouts(two: Run) -> None:
+    assert two(workers.timeouts) == [[1.0, 2.5, 30.0]] * 2
+
+
+def test_out_that_does_not_fit(two: Run) -> None:
+    begin = "custom_ar.Communicator.all_reduce: out must have the"
+    expected = [
+        ("RuntimeError", f"{begin} dtype of x, torch.float32, got torch.float64"),
+        ("RuntimeError", f"{begin} shape of x, [3], got [4]"),
+        ("RuntimeError", f"{begin} device of x, cpu, got meta"),
+    ]
+    assert two(workers.out_errors) == [expected] * 2
+
+
+def test_kernels_get_what_they_take(two: Run) -> None:
+    for rank, lines in enumerate(two(workers.kernels)):
+        begin = f"custom_ar: rank {rank} of 2: a call with"
+        goes = f"on cpu goes to torch.distributed ({GLOO}):"
+        assert lines == [
+            (
+                "WARNING",
+                f"{begin} [101] of torch.float32 {goes} the kernels take at most max_size = 400 "
+                "bytes; this is logged once",
+            ),
+            (
+                "WARNING",
+                f"{begin} [3] of torch.float64 {goes} the kernels take float32, float16 and "
+                "bfloat16, not torch.float64; this is logged once",
+            ),
+            (
+                "WARNING",
+                f"{begin} [5, 7] of torch.int64 {goes} the kernels take float32, float16 and "
+                "bfloat16, not torch.int64; this is logged once",
+            ),
+        ]
+
+
+STEPS = {
+    "allocate_shared_buffer_and_handle": (
+        "allocate shared memory: allocate_shared_buffer_and_handle failed"
+    ),
+    "open_mem_handle": "map its peers' memory: open_mem_handle failed",
+    "init_custom_ar": "map its peers' memory: init_custom_ar failed",
+    "_check": "verify its peers' writes: _check failed",
+    "writes": "verify its peers' writes: sums of what the peers wrote are wrong",
+}
+
+
+@pytest.mark.parametrize("failing_rank", [0, 2])
+@pytest.mark.parametrize("failing", STEPS)
+def test_setting_up_fails_on_one_rank(three: Run, failing: str, failing_rank: int) -> None:
+    results = three(workers.failing_step, failing, failing_rank)
+    assert_one_line(results, f"rank {failing_rank} could not {STEPS[failing]}")
+
+
+def test_closing_waits_in_bounds(two: Run) -> None:
+    for rank, result in enumerate(two(workers.closing, 0.5)):
+        assert 0.5 <= result["open"] < 5
+        assert result["open lines"] == [
+            (
+                "WARNING",
+                f"custom_ar: rank {rank} of 2: closed without rank {1 - rank}, which did not close "
+                "in time",
+            )
+        ]
+        assert result["missing"] < 0.5
+        assert result["missing lines"] == []
+        assert result["failed lines"] == [
+            ("WARNING", f"custom_ar: rank {rank}: close: _announce_close failed\nand more lines")
+        ]
+
+
+def test_dropped_without_closing(two: Run) -> None:
+    assert two(workers.forgotten) == [["custom_ar: a Communicator was not closed"]] * 2
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_good_ranks_have_no_obstacle(count: int) -> None:
+    assert module._obstacle(workers.facts(count)) is None
+
+
+OBSTACLES = [
+    (9, {}, "the kernels serve at most 8 ranks, and the group has 9"),
+    (2, {"host_id": "b", "host_name": "b"}, "the group spans hosts: rank 0 on a, rank 1 on b"),
+    (3, {"device": "cpu"}, "the kernels are for CUDA, and the device of rank 2 is cpu"),
+    (
+        2,
+        {"problem": "CUDA is not available"},
+        "rank 1 cannot use its device: CUDA is not available",
+    ),
+    (
+        2,
+        {"capability": (7, 5), "device_name": "Tesla T4"},
+        "the kernels need compute capability 8.0 or later, and the Tesla T4 of rank 1 has 7.5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("count", "changes", "reason"), OBSTACLES, ids=str)
+def test_obstacles(count: int, changes: dict[str, Any], reason: str) -> None:
+    assert module._obstacle(workers.facts(count, **changes)) == reason
+
+
+def test_example(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-I", EXAMPLE],
+        cwd=tmp_path,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stderr
+    # gloo prints too, in some versions.
+    lines = [line for line in result.stdout.splitlines() if line.startswith("rank ")]
+    assert len(lines) == 2
+    assert all(re.match(r"rank \d on \S+: 3 \(", line) for line in lines)
+    if torch.cuda.device_count() < 2:
+        assert all("the device of ranks 0, 1 is cpu" in line for line in lines)
+    else:
+        assert all(line.endswith("(by the kernels)") for line in lines)
+
+
+def test_readme_shows_the_example() -> None:
+    readme = EXAMPLE.parents[1] / "README.md"
+    code = EXAMPLE.read_text().partition('"""\n\n')[2]
+    assert f"```py\n{code}```\n" in readme.read_text()
