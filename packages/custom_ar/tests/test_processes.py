@@ -1,0 +1,120 @@
+"""A process for each rank, over gloo, on the GPUs there are: IPC, and ranks that fail.
+
+Processes that share a GPU take turns on it, so a call takes milliseconds. What each rank does is in
+all_reduce_workers.py.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import all_reduce_workers as workers
+import pytest
+import torch
+from ranks import Died, RankProcesses, cuda_devices, spawn_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def pair_holder() -> Iterator[list[RankProcesses]]:
+    holder: list[RankProcesses] = []
+    yield holder
+    for processes in holder:
+        processes.close()
+
+
+@pytest.fixture
+def run_pair(pair_holder: list[RankProcesses]) -> Run:
+    """Runs a function on two ranks, which stay for the next test as long as none fails."""
+    if not pair_holder or pair_holder[-1].is_broken:
+        # Without worker processes of torch.compile's own.
+        env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        pair_holder.append(RankProcesses(2, cuda_devices(), env=env))
+    return pair_holder[-1].run
+
+
+def test_two_ranks(run_pair: Run, seed: int) -> None:
+    run_pair(workers.eager, seed, [1, 8, 4095, 1 << 18], 1 << 20)
+
+
+def test_graphs(run_pair: Run, seed: int) -> None:
+    run_pair(workers.graphs, seed, 4)
+
+
+def test_existing_caller(run_pair: Run, seed: int) -> None:
+    run_pair(workers.existing_caller, seed)
+
+
+def test_operator_checks(run_pair: Run, seed: int) -> None:
+    run_pair(workers.operator_checks, seed)
+
+
+def test_compile(run_pair: Run, seed: int) -> None:
+    run_pair(workers.compiled, seed)
+
+
+def test_absent_rank(run_pair: Run, seed: int) -> None:
+    present, absent = run_pair(workers.absent_rank, seed, 1, 2.0)
+    assert 1.9 < present["waited"] < 4
+    assert len(present["messages"]) == 2
+    for message in present["messages"]:
+        assert message.startswith("custom_ar::all_reduce: rank 1 did not take part in call ")
+        assert "within 2 s (this is rank 0 of 2)" in message
+    assert present["missing"] == [1]
+    assert absent["waited"] < 1.5
+    assert len(absent["messages"]) == 2
+    for message in absent["messages"]:
+        assert message.startswith("custom_ar::all_reduce: rank 0 gave up in call ")
+
+
+def test_opening_and_closing_leaks_nothing(run_pair: Run) -> None:
+    for left in run_pair(workers.open_and_close, 1000, timeout=240):
+        assert left["device bytes"] <= 4 << 20
+        assert left["files"] <= 4
+        assert left["mappings"] < 100
+
+
+def test_lost_writes(run_pair: Run) -> None:
+    """Found when the communicator is made, on the rank that sees them and on the one that does not.
+
+    Its all-reduces are the process group's, and the next communicator works.
+    """
+    for reason, next_reason in run_pair(workers.lost_writes, 1):
+        assert reason
+        assert next_reason is None
+
+
+@pytest.mark.parametrize("world_size", [3, 5, 8])
+def test_more_ranks(seed: int, world_size: int) -> None:
+    spawn_ranks(
+        *(world_size, workers.eager, seed, [1, 1001, 30_000], 1 << 17), devices=cuda_devices()
+    )
+
+
+def test_expandable_segments(seed: int) -> None:
+    env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    spawn_ranks(2, workers.expandable_segments, seed, devices=cuda_devices(), env=env)
+
+
+def test_killed_rank(seed: int) -> None:
+    """Each survivor names it in time, and they go on without it."""
+    timeout, victim = 3.0, 1
+    results = spawn_ranks(
+        *(3, workers.survive_a_kill, seed, victim, timeout),
+        devices=cuda_devices(),
+        may_die=[victim],
+    )
+    assert results.pop(victim) == Died(-signal.SIGKILL)
+    for result in results:
+        assert result["calls"] > 0
+        assert "rank 1 did not take part" in result["message"]
+        assert result["waited"] < timeout + 3
+        assert result["missing"] == [victim]
