@@ -1,9 +1,6 @@
 #include "all_reduce.h"
 
-#include <utility>
-
 #include "all_reduce.cuh"
-#include "stable_common/dispatch.h"
 #include "stable_common/launch.h"
 
 namespace custom_ar {

@@ -1,14 +1,16 @@
 // The all-reduce kernels.
 //
-// Vector i of a message is handled by the same thread of the same block on every rank, and a thread
-// waits only for what that thread of the peers has sent before it waits for anything. So blocks
-// need not all be resident at once: the lowest that is not done is, on every rank, and it can
-// finish.
+// Vector i of a message is handled by the same thread of the same block on every rank. Of its peers
+// a thread waits for what that thread there has sent, and for what their first block announces. So
+// blocks need not all be resident at once, as long as they start in the order of their numbers, as
+// they do: the lowest block that is not done on any rank is there on all, and can go on.
 //
 // A slot is written again two calls later, by a peer that has finished the call between. For that
 // it had this rank's descriptor of that call, which is sent after the call that used the slot had
 // ended here, all of the slot read and cleared. So two slots are enough, and no rank ever waits for
-// another to have read.
+// another to have read. The order is that of grids in a stream: what a grid has stored is performed
+// before wait_for_previous_grid() returns in the next, which announces itself after that. No fence
+// is needed between one word and the next: each says itself that it has come.
 #pragma once
 
 #include "exchange.cuh"
@@ -118,7 +120,8 @@ __device__ __forceinline__ bool control_call(const AllReduceParams& params, int 
   // not completed, means that two grids run at once. (Other blocks may have completed their parts
   // of this call.)
   SharedHeader* own = params.buffers[params.rank];
-  const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
+  // By the lane that has no peer to wait for, so that it is said at once.
+  const bool is_first = blockIdx.x == 0 && threadIdx.x == params.rank;
   const uint32_t completed =
       is_first ? static_cast<uint32_t>(load_shared(&own->completed) >> 32) : call - 1;
   const uint32_t claimed = is_first ? atomicCAS(&own->claimed, call - 1, call) : call - 1;

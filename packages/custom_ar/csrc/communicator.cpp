@@ -1,9 +1,6 @@
 #include "communicator.h"
 
-#include <cuda.h>
-
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
@@ -22,6 +19,7 @@ namespace {
 using stable_common::check;
 
 constexpr double kDefaultTimeoutSeconds = 30.0;
+constexpr double kMaxTimeoutSeconds = 1e9;
 
 // CUSTOM_AR_TIMEOUT, in seconds.
 double default_timeout(const char* op) {
@@ -29,8 +27,9 @@ double default_timeout(const char* op) {
   if (text == nullptr || *text == '\0') return kDefaultTimeoutSeconds;
   char* end = nullptr;
   const double seconds = std::strtod(text, &end);
-  check(*end == '\0' && std::isfinite(seconds) && seconds > 0, op,
-        "CUSTOM_AR_TIMEOUT must be a positive number of seconds, got ", text);
+  while (*end == ' ') ++end;
+  check(*end == '\0' && seconds > 0 && seconds < kMaxTimeoutSeconds, op,
+        "CUSTOM_AR_TIMEOUT must be a positive number of seconds below 1e9, got ", text);
   return seconds;
 }
 
@@ -74,6 +73,8 @@ std::string cause_text(uint64_t failure, int own_rank) {
                  : "since " + ranks_text(ranks_of(failure)) + " did not take part";
     case FailureKind::kDisagreement:
       return "since ranks disagreed on what to reduce";
+    case FailureKind::kPeerClosed:
+      return "since " + ranks_text(ranks_of(failure)) + " had closed";
     default:
       return "since two calls ran at once on a rank";
   }
@@ -82,10 +83,7 @@ std::string cause_text(uint64_t failure, int own_rank) {
 }  // namespace
 
 Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank, int device_index)
-    : rank_(rank),
-      device_index_(device_index),
-      timeout_ns_(static_cast<uint64_t>(default_timeout(op) * 1e9)),
-      buffers_(std::move(buffers)) {
+    : rank_(rank), device_index_(device_index), buffers_(std::move(buffers)) {
   STABLE_CUDA_CHECK(stable_common::get_device_properties(device_index, &device_));
   check(device_.compute_capability >= 80, op,
         "needs a device of compute capability 8.0 or later, got ", device_.compute_capability / 10,
@@ -130,6 +128,7 @@ Communicator::~Communicator() {
 }
 
 void Communicator::add_mappings(const std::vector<void*>& addresses) {
+  const std::lock_guard lock(mutex_);
   for (int r = 0; r < world_size(); ++r) {
     if (r != rank_) mappings_.push_back(addresses[r]);
   }
@@ -153,6 +152,10 @@ void Communicator::check_failure(const char* op) const {
       text << "ranks disagree in call " << call << ": rank " << rank_ << " reduces "
            << descriptor_text(record_->own_descriptor) << ", " << ranks_text(ranks_of(failure))
            << " " << descriptor_text(record_->peer_descriptor);
+      break;
+    case FailureKind::kPeerClosed:
+      text << ranks_text(ranks_of(failure)) << " had closed before call " << call
+           << " (this is rank " << rank_ << " of " << world_size() << ")";
       break;
     case FailureKind::kConcurrentCall:
       text << "two calls ran at once on rank " << rank_ << " of " << world_size()
@@ -179,32 +182,37 @@ std::vector<int64_t> Communicator::missing_ranks() const {
   return {};
 }
 
-void Communicator::order_after_other_streams(cudaStream_t stream) {
-  if (!has_called_ || stream == last_stream_) return;
+bool Communicator::order_after_other_streams(cudaStream_t stream) {
+  if (has_called_ && stream == last_stream_ && !has_several_streams_) return false;
+  const auto captures = [](cudaStream_t queried) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    STABLE_CUDA_CHECK(cudaStreamIsCapturing(queried, &status));
+    return status != cudaStreamCaptureStatusNone;
+  };
+  // What is captured runs when its graph does, and is ordered where that is launched.
+  if (captures(stream)) return true;
+  if (!has_called_ || stream == last_stream_) return false;
   if (!has_several_streams_) {
+    // A stream that has begun to capture can be neither asked nor waited for.
+    if (captures(last_stream_)) return false;
     const cudaError_t busy = cudaStreamQuery(last_stream_);
-    if (busy == cudaSuccess) return;
+    if (busy == cudaSuccess) return false;
     if (busy != cudaErrorNotReady) STABLE_CUDA_CHECK(busy);
     (void)cudaGetLastError();
     has_several_streams_ = true;
     STABLE_CUDA_CHECK(cudaEventRecord(last_call_, last_stream_));
   }
   STABLE_CUDA_CHECK(cudaStreamWaitEvent(stream, last_call_));
+  return false;
 }
 
 void Communicator::all_reduce(const char* op, const void* input, void* output, int64_t num_elements,
                               ElementType type, const AllReduceTuning& tuning,
                               cudaStream_t stream) {
   check_failure(op);
-
-  // What is captured runs when its graph does, and is ordered where that is launched.
-  bool is_capturing = false;
-  if (has_several_streams_ || (has_called_ && stream != last_stream_)) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    STABLE_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    is_capturing = status != cudaStreamCaptureStatusNone;
-    if (!is_capturing) order_after_other_streams(stream);
-  }
+  const std::lock_guard lock(mutex_);
+  if (timeout_ns_ == 0) set_timeout(default_timeout(op));
+  const bool is_capturing = order_after_other_streams(stream);
 
   AllReduceParams params;
   for (int r = 0; r < world_size(); ++r) {
@@ -261,7 +269,7 @@ namespace {
 
 struct Communicators {
   std::mutex mutex;
-  std::unordered_map<int64_t, std::unique_ptr<Communicator>> by_id;
+  std::unordered_map<int64_t, std::shared_ptr<Communicator>> by_id;
   int64_t next_id = 1;
 };
 
@@ -277,22 +285,22 @@ Communicators& communicators() {
 
 }  // namespace
 
-int64_t add_communicator(std::unique_ptr<Communicator> communicator) {
+int64_t add_communicator(std::shared_ptr<Communicator> communicator) {
   const std::lock_guard lock(communicators().mutex);
   const int64_t id = communicators().next_id++;
   communicators().by_id[id] = std::move(communicator);
   return id;
 }
 
-Communicator& find_communicator(const char* op, int64_t id) {
+std::shared_ptr<Communicator> find_communicator(const char* op, int64_t id) {
   const std::lock_guard lock(communicators().mutex);
   const auto found = communicators().by_id.find(id);
   if (found == communicators().by_id.end()) throw_unknown(op, id);
-  return *found->second;
+  return found->second;
 }
 
 void remove_communicator(const char* op, int64_t id) {
-  std::unique_ptr<Communicator> removed;  // destroyed after the lock is released
+  std::shared_ptr<Communicator> removed;  // destroyed after the lock is released
   const std::lock_guard lock(communicators().mutex);
   const auto found = communicators().by_id.find(id);
   if (found == communicators().by_id.end()) throw_unknown(op, id);

@@ -27,6 +27,7 @@ class Communicator {
   int world_size() const { return static_cast<int>(buffers_.size()); }
   int device_index() const { return device_index_; }
 
+  // Graphs that were captured before keep the timeout they were captured with.
   void set_timeout(double seconds) { timeout_ns_ = static_cast<uint64_t>(seconds * 1e9); }
 
   // Throws if a call has failed.
@@ -49,12 +50,13 @@ class Communicator {
   void add_mappings(const std::vector<void*>& addresses);
 
  private:
-  void order_after_other_streams(cudaStream_t stream);
+  // Lets what follows on `stream` wait for the last call, and returns whether `stream` captures.
+  bool order_after_other_streams(cudaStream_t stream);
 
   int rank_;
   int device_index_;
   int64_t slot_bytes_ = 0;
-  uint64_t timeout_ns_;
+  uint64_t timeout_ns_ = 0;  // 0: to be read from the environment
   std::vector<void*> buffers_;
   std::vector<void*> mappings_;
   FailureRecord* record_ = nullptr;         // host memory
@@ -64,6 +66,7 @@ class Communicator {
   // Calls are ordered across streams in the order they are made: on two streams at once they would
   // read each other's data. Events are recorded once a second stream has been seen while the first
   // was at work.
+  std::mutex mutex_;  // guards what follows, and lets no thread's pieces between another's
   cudaEvent_t last_call_ = nullptr;
   cudaStream_t last_stream_ = nullptr;
   bool has_called_ = false;
@@ -71,8 +74,8 @@ class Communicator {
 };
 
 // The communicators of this process by id. Ids are not reused.
-int64_t add_communicator(std::unique_ptr<Communicator> communicator);
-Communicator& find_communicator(const char* op, int64_t id);
+int64_t add_communicator(std::shared_ptr<Communicator> communicator);
+std::shared_ptr<Communicator> find_communicator(const char* op, int64_t id);
 void remove_communicator(const char* op, int64_t id);
 
 }  // namespace custom_ar

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "all_reduce.h"
-#include "stable_common/vector.cuh"
 
 namespace custom_ar::device {
 
@@ -29,6 +28,12 @@ __device__ __forceinline__ void store_shared_vector(void* address, uint4 v) {
 __device__ __forceinline__ uint64_t load_shared(const uint64_t* address) {
   uint64_t value;
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_shared(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
 
@@ -99,9 +104,11 @@ __device__ __noinline__ void fail(const AllReduceParams& params, FailureKind kin
 __device__ __noinline__ uint64_t check_wait(const AllReduceParams& params, uint32_t call,
                                             uint32_t absent, uint64_t timeout, uint64_t deadline) {
   constexpr uint64_t kStop = 0;
+  constexpr uint64_t kLastLook = 1;  // a time that has passed
   const SharedHeader* own = params.buffers[params.rank];
   if (load_shared(&own->failure) != 0) return kStop;
   uint32_t missing = 0;
+  uint32_t closed = 0;
   for (int r = 0; r < kMaxWorldSize; ++r) {
     if (r == params.rank || params.buffers[r] == nullptr) continue;
     if (const uint64_t failure = load_shared(&own->failures[r])) {
@@ -110,6 +117,14 @@ __device__ __noinline__ uint64_t check_wait(const AllReduceParams& params, uint3
     }
     const uint64_t announced = load_shared(&own->descriptors[call % 2][r]);
     if (((announced ^ descriptor_of(params, call)) & kDescriptorCallMask) != 0) missing |= 1u << r;
+    if (load_shared(&own->closed[r]) != 0) closed |= 1u << r;
+  }
+  closed &= missing;
+  if (closed != 0) {
+    // What it sent before it closed is there by now.
+    if (deadline != kLastLook) return kLastLook;
+    fail(params, FailureKind::kPeerClosed, closed, call, 0);
+    return kStop;
   }
   const uint64_t now = nanoseconds();
   if (deadline == 0) return now + timeout;

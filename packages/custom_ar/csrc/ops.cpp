@@ -40,6 +40,8 @@ constexpr char kFree[] = "custom_ar::free_shared_buffer";
 // Larger ones pass in several.
 constexpr int64_t kMetaDataBytes = int64_t{24} << 20;
 
+constexpr int64_t kMaxElements = int64_t{1} << kDescriptorElementBits;
+
 // torch's current device: torch remembers it, other copies of the CUDA runtime do not.
 int32_t current_device_index() { return torch::stable::accelerator::getCurrentDeviceIndex(); }
 
@@ -54,6 +56,11 @@ std::vector<void*> pointers(const char* op, const char* name, const std::vector<
     result.push_back(reinterpret_cast<void*>(values[r]));
   }
   return result;
+}
+
+void check_world_size(const char* op, int64_t world_size) {
+  check(world_size >= 2 && world_size <= kMaxWorldSize, op, "world_size must be in [2, ",
+        kMaxWorldSize, "], got ", world_size);
 }
 
 void check_entries(const char* op, const char* name, size_t count, const Communicator& fa) {
@@ -117,8 +124,9 @@ Message make_message(const Argument& inp) {
 // Whether the kernels take `inp`, of up to `max_size` bytes.
 bool is_supported(const Communicator& fa, const Argument& inp, int64_t max_size) {
   if (!is_on_device_of(fa, inp) || !is_reducible(inp.dtype())) return false;
-  const int64_t num_bytes = make_message(inp).num_bytes();
-  return num_bytes > 0 && num_bytes <= max_size && is_dense(inp);
+  const Message message = make_message(inp);
+  return message.num_elements > 0 && message.num_elements < kMaxElements &&
+         message.num_bytes() <= max_size && is_dense(inp);
 }
 
 Message check_input(const Communicator& fa, const Argument& inp) {
@@ -129,8 +137,8 @@ Message check_input(const Communicator& fa, const Argument& inp) {
   if (message.num_elements == 0) return message;
   inp.require(is_dense(inp), "must be dense (contiguous, or a permutation of that), got strides ",
               strides_of(inp.tensor()), " for shape ", inp.shape());
-  inp.require(message.num_elements < int64_t{1} << kDescriptorElementBits, "must have fewer than ",
-              int64_t{1} << kDescriptorElementBits, " elements, got ", message.num_elements);
+  inp.require(message.num_elements < kMaxElements, "must have fewer than ", kMaxElements,
+              " elements, got ", message.num_elements);
   return message;
 }
 
@@ -193,52 +201,52 @@ int64_t init_custom_ar(std::vector<int64_t> ipc_tensors, const Tensor& rank_data
   const int32_t device_index = rank_data.get_device_index();
   const CurrentDevice current(device_index);
   return add_communicator(
-      std::make_unique<Communicator>(kInit, buffers, static_cast<int>(rank), device_index));
+      std::make_shared<Communicator>(kInit, buffers, static_cast<int>(rank), device_index));
 }
 
 void all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t reg_buffer,
                 int64_t reg_buffer_sz_bytes) {
-  Communicator& communicator = find_communicator(kAllReduce, fa);
+  const auto communicator = find_communicator(kAllReduce, fa);
   const Argument input(kAllReduce, "inp", inp);
-  const Message message = check_input(communicator, input);
+  const Message message = check_input(*communicator, input);
   check_output(Argument(kAllReduce, "out", out), input, message);
   check(reg_buffer == 0 || reg_buffer_sz_bytes >= message.num_bytes(), kAllReduce,
         "reg_buffer_sz_bytes must be at least the size of inp, ", message.num_bytes(),
         " bytes, got ", reg_buffer_sz_bytes);
-  run(kAllReduce, communicator, message, out.data_ptr(), tuning_of(communicator, message));
+  run(kAllReduce, *communicator, message, out.data_ptr(), tuning_of(*communicator, message));
 }
 
 bool try_all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t max_size) {
-  Communicator& communicator = find_communicator(kAllReduce, fa);
+  const auto communicator = find_communicator(kAllReduce, fa);
   const Argument input(kAllReduce, "inp", inp);
-  if (!is_supported(communicator, input, max_size)) return false;
+  if (!is_supported(*communicator, input, max_size)) return false;
   const Message message = make_message(input);
   check_output(Argument(kAllReduce, "out", out), input, message);
-  run(kAllReduce, communicator, message, out.data_ptr(), tuning_of(communicator, message));
+  run(kAllReduce, *communicator, message, out.data_ptr(), tuning_of(*communicator, message));
   return true;
 }
 
 std::optional<Tensor> try_all_reduce_new(int64_t fa, const Tensor& inp, int64_t max_size) {
-  Communicator& communicator = find_communicator(kAllReduce, fa);
+  const auto communicator = find_communicator(kAllReduce, fa);
   const Argument input(kAllReduce, "inp", inp);
-  if (!is_supported(communicator, input, max_size)) return std::nullopt;
+  if (!is_supported(*communicator, input, max_size)) return std::nullopt;
   const Message message = make_message(input);
   Tensor out = allocate_like(kAllReduce, input, message);
-  run(kAllReduce, communicator, message, out.data_ptr(), tuning_of(communicator, message));
+  run(kAllReduce, *communicator, message, out.data_ptr(), tuning_of(*communicator, message));
   return out;
 }
 
 void dispose(int64_t fa) {
-  const CurrentDevice current(find_communicator(kDispose, fa).device_index());
+  const CurrentDevice current(find_communicator(kDispose, fa)->device_index());
   remove_communicator(kDispose, fa);
 }
 
 int64_t meta_size() { return kHeaderBytes + kMetaDataBytes; }
 
 void register_buffer(int64_t fa, std::vector<int64_t> ipc_tensors) {
-  Communicator& communicator = find_communicator(kRegisterBuffer, fa);
-  check_entries(kRegisterBuffer, "ipc_tensors", ipc_tensors.size(), communicator);
-  communicator.add_mappings(pointers(kRegisterBuffer, "ipc_tensors", ipc_tensors));
+  const auto communicator = find_communicator(kRegisterBuffer, fa);
+  check_entries(kRegisterBuffer, "ipc_tensors", ipc_tensors.size(), *communicator);
+  communicator->add_mappings(pointers(kRegisterBuffer, "ipc_tensors", ipc_tensors));
 }
 
 std::tuple<std::vector<int64_t>, std::vector<int64_t>> get_graph_buffer_ipc_meta(int64_t fa) {
@@ -248,9 +256,9 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>> get_graph_buffer_ipc_meta
 
 void register_graph_buffers(int64_t fa, std::vector<std::vector<int64_t>> handles,
                             std::vector<std::vector<int64_t>> offsets) {
-  const Communicator& communicator = find_communicator(kRegisterGraph, fa);
-  check_entries(kRegisterGraph, "handles", handles.size(), communicator);
-  check_entries(kRegisterGraph, "offsets", offsets.size(), communicator);
+  const auto communicator = find_communicator(kRegisterGraph, fa);
+  check_entries(kRegisterGraph, "handles", handles.size(), *communicator);
+  check_entries(kRegisterGraph, "offsets", offsets.size(), *communicator);
 }
 
 std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
@@ -283,8 +291,7 @@ void free_shared_buffer(int64_t ptr) { free_shared(kFree, reinterpret_cast<void*
 
 int64_t buffer_size(int64_t world_size, int64_t max_size) {
   constexpr char kOp[] = "custom_ar::_buffer_size";
-  check(world_size >= 2 && world_size <= kMaxWorldSize, kOp, "world_size must be in [2, ",
-        kMaxWorldSize, "], got ", world_size);
+  check_world_size(kOp, world_size);
   check(max_size > 0 && max_size <= int64_t{1} << 40, kOp, "max_size must be in [1, 2^40], got ",
         max_size);
   const int64_t least = 2 * kMaxWorldSize * kVectorBytes;
@@ -295,33 +302,33 @@ int64_t buffer_size(int64_t world_size, int64_t max_size) {
 void set_timeout(int64_t fa, double seconds) {
   constexpr char kOp[] = "custom_ar::_set_timeout";
   check(seconds > 0 && seconds < 1e9, kOp, "seconds must be in (0, 1e9), got ", seconds);
-  find_communicator(kOp, fa).set_timeout(seconds);
+  find_communicator(kOp, fa)->set_timeout(seconds);
 }
 
 // Named as the op whose calls it checks.
-void check_calls(int64_t fa) { find_communicator(kAllReduce, fa).check_failure(kAllReduce); }
+void check_calls(int64_t fa) { find_communicator(kAllReduce, fa)->check_failure(kAllReduce); }
 
 std::vector<int64_t> missing_ranks(int64_t fa) {
-  return find_communicator("custom_ar::_missing_ranks", fa).missing_ranks();
+  return find_communicator("custom_ar::_missing_ranks", fa)->missing_ranks();
 }
 
 void announce_close(int64_t fa) {
-  Communicator& communicator = find_communicator("custom_ar::_announce_close", fa);
-  const CurrentDevice current(communicator.device_index());
-  communicator.announce_close();
+  const auto communicator = find_communicator("custom_ar::_announce_close", fa);
+  const CurrentDevice current(communicator->device_index());
+  communicator->announce_close();
 }
 
 std::vector<int64_t> open_peers(int64_t fa) {
-  const Communicator& communicator = find_communicator("custom_ar::_open_peers", fa);
-  const CurrentDevice current(communicator.device_index());
-  return communicator.open_peers();
+  const auto communicator = find_communicator("custom_ar::_open_peers", fa);
+  const CurrentDevice current(communicator->device_index());
+  return communicator->open_peers();
 }
 
 void all_reduce_as(int64_t fa, const Tensor& inp, Tensor out, int64_t algorithm, int64_t num_blocks,
                    int64_t threads_per_block, int64_t depth) {
-  Communicator& communicator = find_communicator(kAllReduceAs, fa);
+  const auto communicator = find_communicator(kAllReduceAs, fa);
   const Argument input(kAllReduceAs, "inp", inp);
-  const Message message = check_input(communicator, input);
+  const Message message = check_input(*communicator, input);
   check_output(Argument(kAllReduceAs, "out", out), input, message);
   check(algorithm == 0 || algorithm == 1, kAllReduceAs,
         "algorithm must be 0 (one shot) or 1 (two shots), got ", algorithm);
@@ -330,12 +337,15 @@ void all_reduce_as(int64_t fa, const Tensor& inp, Tensor out, int64_t algorithm,
   check(threads_per_block >= 1 && threads_per_block <= kMaxDataThreads, kAllReduceAs,
         "threads_per_block must be in [1, ", kMaxDataThreads, "], got ", threads_per_block);
   check(depth >= 1 && depth <= 1024, kAllReduceAs, "depth must be in [1, 1024], got ", depth);
-  run(kAllReduceAs, communicator, message, out.data_ptr(),
+  run(kAllReduceAs, *communicator, message, out.data_ptr(),
       {static_cast<Algorithm>(algorithm), static_cast<int>(num_blocks),
        static_cast<int>(threads_per_block), static_cast<int>(depth)});
 }
 
 std::vector<int64_t> choose_tuning_of(int64_t world_size, int64_t num_bytes) {
+  constexpr char kOp[] = "custom_ar::_choose_tuning";
+  check_world_size(kOp, world_size);
+  check(num_bytes >= 0, kOp, "num_bytes must be at least 0, got ", num_bytes);
   const AllReduceTuning tuning = choose_tuning(static_cast<int>(world_size), num_bytes);
   return {static_cast<int64_t>(tuning.algorithm), tuning.num_blocks, tuning.threads_per_block,
           tuning.depth};

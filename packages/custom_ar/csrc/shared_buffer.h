@@ -21,6 +21,7 @@ enum class FailureKind : uint32_t {
   kTimeout,         // `ranks` did not take part, or stopped in the middle
   kDisagreement,    // the rank in `ranks` reduces something else
   kConcurrentCall,  // this rank has two calls running at once
+  kPeerClosed,      // `ranks` had closed when this rank called
   kPeerGaveUp,      // the rank in `ranks` met a failure
 };
 

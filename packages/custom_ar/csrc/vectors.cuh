@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "exchange.cuh"
+#include "stable_common/vector.cuh"
 
 namespace custom_ar::device {
 

@@ -470,6 +470,10 @@ def kernels(rank: Rank) -> list[tuple[str, str]]:
 
         communicator.check()
         ops.failure = "a call has failed"
+        # Not through torch.distributed either, which would wait for who is missing.
+        x = torch.ones(3, dtype=torch.int32)
+        error = error_of(lambda: communicator.all_reduce(x))
+        assert error == ("RuntimeError", "a call has failed")
         assert error_of(communicator.check) == ("RuntimeError", "a call has failed")
         ops.failure = None
 

@@ -37,7 +37,7 @@ from all_reduce_cases import DTYPES
 from ranks import Died, Rank, cuda_devices, spawn_ranks
 from torch import Tensor
 
-MAX_EAGER = 1 << 20  # elements
+MAX_EAGER = 1 << 23  # elements
 MAX_REPLAYED = 1 << 16
 CALLS_PER_GRAPH = 8
 GRAPHS = 24

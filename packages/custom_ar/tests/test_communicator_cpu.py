@@ -12,7 +12,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import communicator_workers as workers
 import custom_ar
@@ -331,3 +333,27 @@ def test_readme_shows_the_example() -> None:
     readme = EXAMPLE.parents[1] / "README.md"
     code = EXAMPLE.read_text().partition('"""\n\n')[2]
     assert f"```py\n{code}```\n" in readme.read_text()
+
+
+@pytest.mark.parametrize("peer", ["out of reach", "hidden", "the same device"])
+def test_peer_access_is_asked_for(peer: str) -> None:
+    """A device that is seen and cannot be reached is an error; the others are tried by mapping."""
+    uuids = ["GPU-0", "GPU-1"]
+    facts = [
+        module._Facts("1", 1, "host", "id", "cuda", device_uuid=uuid)
+        for uuid in ("GPU-0", {"out of reach": "GPU-1", "hidden": "GPU-2"}.get(peer, "GPU-0"))
+    ]
+    with (
+        mock.patch.object(torch.cuda, "device_count", return_value=2),
+        mock.patch.object(
+            torch.cuda,
+            "get_device_properties",
+            side_effect=lambda index: SimpleNamespace(uuid=uuids[index]),
+        ),
+        mock.patch.object(torch.cuda, "can_device_access_peer", return_value=False),
+    ):
+        if peer == "out of reach":
+            with pytest.raises(RuntimeError, match=r"no peer access to .* of rank 1, cuda:1"):
+                module._check_peer_access(facts, 0)
+        else:
+            module._check_peer_access(facts, 0)

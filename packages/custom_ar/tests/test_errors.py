@@ -41,6 +41,18 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "_missing_ranks": (lambda: private._missing_ranks(UNKNOWN), UNKNOWN_FA),
     "_announce_close": (lambda: private._announce_close(UNKNOWN), UNKNOWN_FA),
     "_open_peers": (lambda: private._open_peers(UNKNOWN), UNKNOWN_FA),
+    "_choose_tuning no peer": (
+        lambda: private._choose_tuning(1, 4096),
+        "world_size must be in [2, 8], got 1",
+    ),
+    "_choose_tuning zero ranks": (
+        lambda: private._choose_tuning(0, 4096),
+        "world_size must be in [2, 8], got 0",
+    ),
+    "_choose_tuning negative": (
+        lambda: private._choose_tuning(2, -1),
+        "num_bytes must be at least 0, got -1",
+    ),
     "_set_timeout zero": (lambda: private._set_timeout(UNKNOWN, 0.0), f"{SECONDS} 0"),
     "_set_timeout negative": (lambda: private._set_timeout(UNKNOWN, -2.5), f"{SECONDS} -2.5"),
     "_set_timeout inf": (lambda: private._set_timeout(UNKNOWN, float("inf")), f"{SECONDS} inf"),

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -395,39 +396,115 @@ def test_two_streams_take_turns(generator: torch.Generator) -> None:
             assert_same_bits(outputs[call], expected, f"call {call}")
 
 
-def test_two_replays_at_once_fail(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("tuning", [None, (1, 3, 96, 2)], ids=str)
+@pytest.mark.parametrize("hasty", [0, 1])
+def test_two_replays_at_once_fail(
+    generator: torch.Generator, hasty: int, tuning: tuple[int, ...] | None
+) -> None:
     """What no host code sees: both graphs' kernels are there, and neither can be the next call."""
-    world_size = 2
+    world_size, other_rank = 2, 1 - hasty
     inputs = random_inputs(world_size, 4096, torch.bfloat16, generator)
     outputs = [torch.empty_like(inp) for inp in inputs]
     with LocalRanks(world_size, timeout=20.0) as ranks:
-        warm_up(ranks, generator, (torch.bfloat16, 4096))
+        check(ranks, inputs, tuning)
+        torch.cuda.synchronize()
         first, second = (
-            ranks.capture(lambda rank: ranks.call(rank, inputs[rank], outputs[rank]))
+            ranks.capture(lambda rank: ranks.call(rank, inputs[rank], outputs[rank], tuning))
             for _ in range(2)
         )
         other = torch.cuda.Stream()
         begin = time.monotonic()
-        # Rank 1 stays away, so that the first replay cannot be over when the second begins.
-        with torch.cuda.stream(ranks.streams[0]):
-            first[0].replay()
+        # The peer stays away, so that the first replay cannot be over when the second begins.
+        with torch.cuda.stream(ranks.streams[hasty]):
+            first[hasty].replay()
         with torch.cuda.stream(other):
-            second[0].replay()
+            second[hasty].replay()
         torch.cuda.synchronize()
         assert time.monotonic() - begin < 5
         message = (
-            r"two calls ran at once on rank 0 of 2: order the calls of a communicator, graph "
-            r"replays included, on one stream or by events; this communicator can only be closed"
+            rf"two calls ran at once on rank {hasty} of 2: order the calls of a communicator, "
+            r"graph replays included, on one stream or by events; this communicator can only be "
+            r"closed"
         )
-        assert re.search(message, ranks.failure(0))
+        assert re.search(message, ranks.failure(hasty))
         with pytest.raises(RuntimeError, match=message):
-            ranks.call(0, inputs[0], outputs[0])
+            ranks.call(hasty, inputs[hasty], outputs[hasty])
         # The peer learns of it in its next call, not by a timeout.
-        with torch.cuda.stream(ranks.streams[1]):
-            first[1].replay()
-        assert re.search(r"rank 0 gave up in call \d+.*this is rank 1 of 2", ranks.failure(1))
+        with torch.cuda.stream(ranks.streams[other_rank]):
+            first[other_rank].replay()
+        gave_up = rf"rank {hasty} gave up in call \d+.*this is rank {other_rank} of 2"
+        assert re.search(gave_up, ranks.failure(other_rank))
         assert time.monotonic() - begin < 10
-        assert outputs[1].isnan().all()
+        assert outputs[other_rank].isnan().all()
+
+
+def test_two_threads_take_turns(generator: torch.Generator) -> None:
+    """Calls of two host threads, each on a stream of its own: no piece comes between another's.
+
+    Whose call is first is left open, so both sum the same.
+    """
+    world_size, rounds = 2, 10
+    inputs = random_inputs(world_size, 8003, torch.bfloat16, generator)
+    outputs = [
+        [[torch.full_like(inp, torch.nan) for _ in range(rounds)] for _ in range(2)]
+        for inp in inputs
+    ]
+    with LocalRanks(world_size, max_size=1024) as ranks:
+        check(ranks, inputs)
+        streams = [[torch.cuda.Stream() for _ in range(2)] for _ in range(world_size)]
+        torch.cuda.synchronize()
+
+        def run(rank: int, thread: int) -> None:
+            with torch.cuda.stream(streams[rank][thread]):
+                for output in outputs[rank][thread]:
+                    ranks.call(rank, inputs[rank], output)
+
+        with ThreadPoolExecutor(2 * world_size) as threads:
+            calls = [threads.submit(run, r, t) for r in range(world_size) for t in range(2)]
+            for call in calls:
+                call.result()
+        torch.cuda.synchronize()
+        assert not any(ranks.failures())
+        expected = reference.all_reduce(inputs)
+        for of_rank in outputs:
+            for of_thread in of_rank:
+                assert_same_bits(of_thread, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("algorithm", [0, 1])
+def test_more_than_2_gib(algorithm: int, dtype: torch.dtype) -> None:
+    """In pieces, in place; past 2^31 elements of bfloat16 bytes and offsets."""
+    length = (1 << 31) // dtype.itemsize + 12345
+    if torch.cuda.mem_get_info()[0] < 4 * length * dtype.itemsize:
+        pytest.skip("needs four times 2 GiB of device memory")
+    with LocalRanks(2, max_size=64 << 20) as ranks:
+        # Small integers: their sums are exact.
+        pattern = torch.arange(length, device="cuda", dtype=torch.int64).remainder_(97).to(dtype)
+        values = [pattern + rank for rank in range(2)]
+        torch.cuda.synchronize()
+        ranks.all_reduce(values, values, (algorithm, 32, 256, 4))
+        torch.cuda.synchronize()
+        assert not any(ranks.failures())
+        pattern.mul_(2).add_(1)
+        for value in values:
+            assert torch.equal(value, pattern)
+
+
+def test_closed_peer(generator: torch.Generator) -> None:
+    """A call that a peer will not make any more fails at once."""
+    inputs = random_inputs(2, 1000, torch.float16, generator)
+    outputs = [torch.zeros_like(inp) for inp in inputs]
+    with LocalRanks(2, timeout=20.0) as ranks:
+        check(ranks, inputs)
+        torch.cuda.synchronize()
+        ranks.ops._announce_close(ranks.fas[1])
+        begin = time.monotonic()
+        ranks.launch(lambda rank: ranks.call(rank, inputs[rank], outputs[rank]), ranks=[0])
+        message = r"rank 1 had closed before call 2 \(this is rank 0 of 2\)"
+        assert re.search(message, ranks.failure(0)), ranks.failures()
+        assert time.monotonic() - begin < 5
+        assert outputs[0].isnan().all()
 
 
 DISAGREEMENTS = {
@@ -466,11 +543,29 @@ def test_disagreement(generator: torch.Generator, case: str, world_size: int) ->
                 rf"ranks disagree in call 3: rank {rank} reduces {texts(own)}[^,]*, "
                 rf"rank {last if rank != last else '[01]'} {texts(peer)}"
             )
-            gave_up = r"rank \d gave up in call 3, since it and rank \d disagree"
+            gave_up = r"rank \d gave up in call 3, since ranks disagreed on what to reduce"
             assert re.search(rf"custom_ar::all_reduce: ({disagree}|{gave_up})", failure), failures
         assert any("ranks disagree" in failure for failure in failures)
         for output in outputs:
             assert output.isnan().all()
+
+
+def test_disagreement_of_others(generator: torch.Generator) -> None:
+    """A rank that comes later is told, and told why."""
+    inputs = [random_values((n,), torch.float16, generator) for n in (1024, 1025, 1024)]
+    outputs = [torch.zeros_like(inp) for inp in inputs]
+    with LocalRanks(3, timeout=20.0) as ranks:
+        warm_up(ranks, generator, (torch.float16, 1024))
+
+        def call(rank: int) -> None:
+            ranks.call(rank, inputs[rank], outputs[rank])
+
+        ranks.launch(call, ranks=[0, 1])
+        torch.cuda.synchronize()
+        ranks.launch(call, ranks=[2])
+        message = r"rank [01] gave up in call 2, since ranks disagreed on what to reduce"
+        assert re.search(message, ranks.failure(2)), ranks.failures()
+        assert outputs[2].isnan().all()
 
 
 @pytest.mark.parametrize("tuning", [None, (1, 3, 96, 2)], ids=str)

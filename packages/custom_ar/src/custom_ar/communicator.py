@@ -72,7 +72,7 @@ class Communicator:
     what of its output was not summed by then becomes NaN, as do the outputs of all later calls, and
     the next :meth:`all_reduce` or :meth:`check` raises ``RuntimeError`` that names the rank. A
     failed communicator can only be closed; the process and its other streams go on, and survivors
-    can make a new one.
+    can make a new one. (In two shots a rank may wait twice: up to some 2.25 times ``timeout``.)
     """
 
     group: dist.ProcessGroup
@@ -132,8 +132,9 @@ class Communicator:
             self.max_size = _checked_max_size(max_size)
             self.timeout = _checked_timeout(timeout)
             facts = _Facts.of_this_process(self.device, self.max_size)
-        except ValueError as error:
-            argument_error = str(error)
+        except Exception as error:
+            # Of CUDA's, say: the others are told before it is raised.
+            argument_error = _first_line(error)
 
         if self.world_size > 1:
             all_facts = self._exchange_facts(facts, argument_error)
@@ -293,6 +294,8 @@ class Communicator:
             return dense if out is None else out.copy_(dense)
 
         if self.fallback_reason is None:
+            # Peers that are lost to the kernels would be waited for there, too.
+            _ops._check(self._fa)
             self._log_unsupported(x)
         result = x.clone() if out is None else out
         # Not all backends take strides other than a contiguous tensor's.
@@ -477,7 +480,11 @@ class _SharedMemory:
         return self._attempt(calls)
 
     def free(self) -> list[str]:
-        """Free the own buffer; return what went wrong."""
+        """Free the own buffer; return what went wrong.
+
+        A peer that writes no more may still have it mapped. The driver keeps memory as long as
+        anyone maps it.
+        """
         calls = [] if self._own is None else [(_ops.free_shared_buffer, self._own)]
         self._own = None
         return self._attempt(calls)

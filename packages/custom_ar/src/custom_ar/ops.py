@@ -10,7 +10,8 @@ The operators, their names and their arguments are those of vLLM. The calling or
    buffer, after the peers have disposed of theirs.
 
 A call pushes its data into the peers' buffers, so no input is ever registered. A caller that
-registers buffers does no harm: those operators check their arguments and do nothing else.
+registers buffers does no harm: those operators check their arguments, and :func:`dispose` closes
+the mappings that :func:`register_buffer` was given.
 
 ``fa`` is what :func:`init_custom_ar` returned. An ``fa`` that is unknown or disposed of, and any
 other argument that is not as described, raises ``RuntimeError`` naming operator, argument,
