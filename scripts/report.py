@@ -5,7 +5,7 @@ Usage: report.py [--check]
 A package with results provides benchmarks/report.py, whose class `Report` is made of the JSON of a
 run and gives its texts and plot: see PackageReport in report_parts.py. They go between the markers
 `<!-- report:begin PACKAGE -->` and `<!-- report:end PACKAGE -->` of its README and of the root's,
-and into one SVG beside each JSON. results/tuning*.json are not drawn.
+and into one SVG beside each JSON. results/tuning*.json and results/soak*.json are not drawn.
 
 With --check nothing is written, and the exit status is 1 when something would be. Only drawing a
 plot needs matplotlib: an SVG ends with a digest of what it shows and of itself.
@@ -106,7 +106,7 @@ def find_results() -> dict[Path, list[Path]]:
         path: [] for path in sorted(ROOT.glob("packages/*/benchmarks/report.py"))
     }
     for path in sorted(ROOT.glob("packages/*/benchmarks/results/*.json")):
-        if path.name.startswith("tuning"):
+        if path.name.startswith(("tuning", "soak")):
             continue
         report = path.parents[1] / "report.py"
         if report not in results:

@@ -5,13 +5,16 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = Path("packages", "deepseek_mla")
-MARKERS = "<!-- report:begin deepseek_mla -->\n<!-- report:end deepseek_mla -->\n"
+MLA = Path("packages", "deepseek_mla")
+AR = Path("packages", "custom_ar")
 
 
 # A package's benchmarks/report.py, as short as can be.
@@ -44,10 +47,11 @@ def report(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def bench():
-    path = ROOT / PACKAGE / "benchmarks" / "bench.py"
-    spec = importlib.util.spec_from_file_location("deepseek_mla_bench", path)
+def load_bench(package: Path) -> Iterator[ModuleType]:
+    """Yield a package's benchmarks/bench.py, for a fixture."""
+    spec = importlib.util.spec_from_file_location(
+        f"{package.name}_bench", ROOT / package / "benchmarks" / "bench.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -55,9 +59,40 @@ def bench():
     del sys.modules[spec.name]
 
 
+@pytest.fixture(scope="module")
+def bench():
+    yield from load_bench(MLA)
+
+
+@pytest.fixture(scope="module")
+def ar_bench():
+    yield from load_bench(AR)
+
+
+def markers(package: Path) -> str:
+    return f"<!-- report:begin {package.name} -->\n<!-- report:end {package.name} -->\n"
+
+
+def make_tree(root: Path, package: Path, results: dict[str, Any]) -> Path:
+    """Make a repository with the results of one package, not yet drawn."""
+    benchmarks = root / package / "benchmarks"
+    (benchmarks / "results").mkdir(parents=True)
+    for name, result in results.items():
+        result["library_sha256"] = "0123456789abcdef" * 4
+        (benchmarks / "results" / name).write_text(json.dumps(result))
+    for name in ("references.json", "report.py"):
+        shutil.copy(ROOT / package / "benchmarks" / name, benchmarks)
+    (root / "scripts").mkdir()
+    for name in ("report.py", "report_parts.py"):
+        shutil.copy(ROOT / "scripts" / name, root / "scripts")
+    for readme in (root / "README.md", root / package / "README.md"):
+        readme.write_text(f"before\n{markers(package)}after\n")
+    return root
+
+
 @pytest.fixture
 def tree(bench, tmp_path: Path) -> Path:
-    """A repository with one made-up result, not yet drawn."""
+    """A repository with one made-up result of deepseek_mla."""
     copy = bench.summarize([510.0, 500.0, 520.0])
     records = []
     for case in bench.all_cases():
@@ -71,18 +106,38 @@ def tree(bench, tmp_path: Path) -> Path:
     result = bench.report_record(
         environment, bench.ceilings_record(copy, copy), records, host, None
     )
-    result["library_sha256"] = "0123456789abcdef" * 4
-    benchmarks = tmp_path / PACKAGE / "benchmarks"
-    (benchmarks / "results").mkdir(parents=True)
-    (benchmarks / "results" / "made-up_gpu.json").write_text(json.dumps(result))
-    for name in ("references.json", "report.py"):
-        shutil.copy(ROOT / PACKAGE / "benchmarks" / name, benchmarks)
-    (tmp_path / "scripts").mkdir()
-    for name in ("report.py", "report_parts.py"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
-    for readme in (tmp_path / "README.md", tmp_path / PACKAGE / "README.md"):
-        readme.write_text(f"before\n{MARKERS}after\n")
-    return tmp_path
+    return make_tree(tmp_path, MLA, {"made-up_gpu.json": result})
+
+
+def made_up_all_reduces(bench: ModuleType, world_size: int) -> dict[str, Any]:
+    """A result of custom_ar's: 2.5 µs and 1.15 of the floor of a 400 GB/s link."""
+    records = []
+    for case in bench.all_cases():
+        us = 2.5 + 1.15 * bench.link_bytes(case.bytes, world_size) / 400e3
+        timing = bench.summarize([us] * 3)
+        peers = {
+            bench.NCCL: bench.summarize([3 * us]),
+            bench.ONE_SHOT: "not in place" if case.in_place else bench.summarize([2 * us]),
+            bench.TWO_SHOT: bench.summarize([1.25 * us]),
+        }
+        records.append(bench.case_record(case, world_size, timing, peers, 400.0))
+    copy = bench.summarize([bench.CEILING_COPY_BYTES / 400e3])
+    host = {"Communicator.all_reduce(x)": bench.summarize([9.0, 10.0, 11.0])}
+    environment = {"gpu": "Made-up GPU", "driver": "1.2", "torch": "2.11.0", "cpu": "CPU"}
+    environment |= {"world_size": world_size, "nccl": "2.28.9"}
+    kernels = {"push": copy, "pull": copy} if world_size == 2 else None
+    ceilings = bench.ceilings_record(copy, copy, bench.summarize([1.4]), kernels)
+    return bench.report_record(environment, ceilings, records, host)
+
+
+@pytest.fixture
+def ar_tree(ar_bench, tmp_path: Path) -> Path:
+    """A repository with made-up results of custom_ar: on 2 GPUs, and on 3, which have no goals."""
+    results = {
+        ar_bench.result_name("Made-up GPU", size): made_up_all_reduces(ar_bench, size)
+        for size in (2, 3)
+    }
+    return make_tree(tmp_path, AR, results)
 
 
 def test_report_is_fresh():
@@ -94,8 +149,8 @@ def test_check_finds_what_is_not_drawn(tree: Path):
     result = report(tree, "--check")
     assert result.returncode == 1
     assert "made-up_gpu.svg is not what the results give" in result.stdout
-    assert f"{PACKAGE}/README.md is not what the results give" in result.stdout
-    assert (tree / "README.md").read_text() == f"before\n{MARKERS}after\n"
+    assert f"{MLA}/README.md is not what the results give" in result.stdout
+    assert (tree / "README.md").read_text() == f"before\n{markers(MLA)}after\n"
 
 
 def test_drawn_report_is_fresh_until_something_changes(tree: Path):
@@ -103,7 +158,7 @@ def test_drawn_report_is_fresh_until_something_changes(tree: Path):
     drawn = report(tree)
     assert drawn.returncode == 0, drawn.stderr
     assert report(tree, "--check").returncode == 0
-    text = (tree / PACKAGE / "README.md").read_text()
+    text = (tree / MLA / "README.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     # 8192 tokens of 16 heads padded to 64: 8192 * 83800 bytes at 4 TB/s and 1.5 µs.
@@ -118,13 +173,13 @@ def test_drawn_report_is_fresh_until_something_changes(tree: Path):
     assert "| function | 510.00 | 500.00 | below 10, missed |" in text
     assert "| torch.add(a, b, out=c) | 510.00 | 500.00 | none |" in text
 
-    svg = tree / PACKAGE / "benchmarks" / "results" / "made-up_gpu.svg"
+    svg = tree / MLA / "benchmarks" / "results" / "made-up_gpu.svg"
     edited = {
         tree / "README.md": ("2.49", "2.59"),
-        tree / PACKAGE / "README.md": ("| 173 |", "| 172 |"),
-        tree / PACKAGE / "benchmarks" / "references.json": ("2.49", "2.59"),
+        tree / MLA / "README.md": ("| 173 |", "| 172 |"),
+        tree / MLA / "benchmarks" / "references.json": ("2.49", "2.59"),
         svg: ("sha256 ", "sha256 0"),
-        tree / PACKAGE / "benchmarks" / "report.py": ("s-C0", "s-C1"),
+        tree / MLA / "benchmarks" / "report.py": ("s-C0", "s-C1"),
         tree / "scripts" / "report.py": ("markersize=4", "markersize=5"),
         svg.with_suffix(".json"): ('"tokens": 8192', '"tokens": 8193'),
     }
@@ -153,16 +208,44 @@ def test_drawn_report_is_fresh_until_something_changes(tree: Path):
     assert svg.read_bytes() == svg_bytes
 
 
+def test_each_world_size_has_its_section(ar_tree: Path):
+    pytest.importorskip("matplotlib", reason="drawing a plot needs matplotlib")
+    drawn = report(ar_tree)
+    assert drawn.returncode == 0, drawn.stderr
+    assert report(ar_tree, "--check").returncode == 0
+    plots = sorted(path.name for path in (ar_tree / AR / "benchmarks" / "results").glob("*.svg"))
+    assert plots == ["made-up_gpu_x2.svg", "made-up_gpu_x3.svg"]
+
+    for readme in (ar_tree / AR / "README.md", ar_tree / "README.md"):
+        of_2, of_3 = readme.read_text().split("3 × Made-up GPU")
+        for text, plot in zip((of_2, of_3), plots, strict=True):
+            assert f"benchmarks/results/{plot})" in text
+            assert "custom_ar 0.1.0 (library sha256 0123456789ab)" in " ".join(text.split())
+        # 32 MiB over 400 GB/s, 1.15 of that and 2.5 µs; two of three GPUs send 4/3 of it.
+        row = next(line for line in of_2.splitlines() if line.startswith("| 32 MiB "))
+        assert "| 83.9 (0.85) | 297 (3.00×) | 198 (2.00×) | 124 (1.25×) |" in row
+        assert row.endswith("| 127 (1.28×) | 97, missed |")
+        assert "8 of 9 goals are met. The closest of all peers is symm_mem two-shot at" in of_2
+        assert "| 112 (0.85) |" in of_3
+        assert "goal" not in of_3
+        assert "elsewhere: vLLM" not in of_3.split("**Host time")[0]
+
+    detail = (ar_tree / AR / "README.md").read_text()
+    assert "| 4 KiB | 2.51 | 2.51 to 2.51 | 0.01 (0.00) |" in detail
+    assert "| 4.76 | 5.6 | 6.1 | 7.4 | 4.76 (1.90×) | 2.7, met |" in detail
+    assert "symm_mem one-shot with bfloat16, in place (not in place)." in " ".join(detail.split())
+    assert "| Communicator.all_reduce(x) | 10.00 | 9.00 |" in detail
+
+
 def test_a_package_needs_nothing_but_its_own_report(tree: Path):
     pytest.importorskip("matplotlib", reason="drawing a plot needs matplotlib")
     other = tree / "packages" / "other"
     (other / "benchmarks" / "results").mkdir(parents=True)
     (other / "benchmarks" / "results" / "gpu.json").write_text('{"us": 2.5}')
     (other / "benchmarks" / "results" / "tuning_gpu.json").write_text("[]")
-    markers = MARKERS.replace("deepseek_mla", "other")
-    (other / "README.md").write_text(markers)
+    (other / "README.md").write_text(markers(other))
     with (tree / "README.md").open("a") as readme:
-        readme.write(markers)
+        readme.write(markers(other))
     missing = report(tree, "--check")
     assert missing.returncode != 0
     assert "packages/other/benchmarks/report.py is missing" in missing.stderr
@@ -199,3 +282,18 @@ def test_a_pass_rotates_through_more_than_the_l2(bench):
         assert 2 <= sets <= calls <= bench.MAX_CALLS
         assert calls % bench.CALLS_PER_GRAPH == 0
         assert sets * case.bytes >= bench.ROTATION_BYTES or sets == bench.MAX_CALLS
+
+
+def test_a_pass_calls_every_set_of_messages_alike(ar_bench):
+    for case in ar_bench.all_cases() + ar_bench.all_cases(quick=True):
+        sets = ar_bench.rotation(case.bytes)
+        assert sets >= 2
+        assert ar_bench.CALLS_PER_GRAPH % sets == 0
+        assert case.calls % sets == 0
+        assert case.calls % ar_bench.CALLS_PER_GRAPH == 0
+        assert case.bytes <= ar_bench.MAX_SIZE
+
+
+def test_bytes_that_a_rank_sends(ar_bench):
+    assert ar_bench.link_bytes(1000, 2) == 1000
+    assert ar_bench.link_bytes(1000, 4) == 1500
