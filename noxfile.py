@@ -43,7 +43,8 @@ KERNEL_PACKAGES = [name for name in PACKAGES if name != "stable_common"]
 # What would let a toolkit or flags from outside of the build environment into a wheel.
 LEAKS = [
     *("CUDACXX", "CUDAARCHS", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"),
-    *("CUDAToolkit_ROOT", "NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS"),
+    *("CUDAToolkit_ROOT", "CUDAHOSTCXX", "NVCC_CCBIN", "NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS"),
+    *("CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CMAKE_PREFIX_PATH", "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "PYTHONPATH"),
 ]
 

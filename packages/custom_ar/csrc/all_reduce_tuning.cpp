@@ -1,5 +1,9 @@
 // Which tuning a call gets. Two ranks: from the figures in benchmarks/results/tuning_*.json. More
 // ranks: from the same figures by what a rank sends, since more GPUs were not there to measure on.
+//
+// All of it pushes. A kernel loads from a peer more slowly than it stores to it (`ceilings.kernels`
+// in benchmarks/results/*.json), a pull has to wait for word that the data is there, and kernels
+// that pull, torch's of symmetric memory, took longer at every size (`peers` there).
 #include <algorithm>
 #include <cstddef>
 
