@@ -13,7 +13,6 @@ above 1 is faster than the peer.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import hashlib
 import json
@@ -29,12 +28,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
+
 import custom_ar
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from custom_ar import reference
 from custom_ar._library import LIBRARY_PATH
+from gpu_machine import driver_version, host_cpu
 from torch import Tensor
 
 METHOD = (
@@ -656,22 +658,6 @@ def time_host(world: World, communicator: custom_ar.Communicator) -> dict[str, T
     timings = {name: world.slowest(us) for name, us in times.items()}
     raw.close()
     return timings
-
-
-def driver_version() -> str:
-    """The version of the NVIDIA driver, from NVML."""
-    nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    version = ctypes.create_string_buffer(80)
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlSystemGetDriverVersion(version, len(version)) != 0:
-        raise RuntimeError("NVML does not tell the driver's version")
-    return version.value.decode()
-
-
-def host_cpu() -> str:
-    """The CPU's model name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def describe_environment(world: World) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Writes DIR/soak_<gpu>_x<ranks>.json. The exit code is 1 when anything was wrong.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import datetime
 import json
@@ -29,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
 import custom_ar
 import torch
 import torch.distributed as dist
 from all_reduce_cases import DTYPES
+from gpu_machine import driver_version
 from ranks import Died, Rank, cuda_devices, spawn_ranks
 from torch import Tensor
 
@@ -283,15 +284,6 @@ def run_soak(
     if survivors.pop(victim) != Died(-signal.SIGKILL):
         raise AssertionError(f"rank {victim} was not killed")
     return Result(seed, stretches, survivors, victim)
-
-
-def driver_version() -> str:
-    """The version of the NVIDIA driver, from NVML."""
-    nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    version = ctypes.create_string_buffer(80)
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlSystemGetDriverVersion(version, len(version)) != 0:
-        raise RuntimeError("NVML does not tell the driver's version")
-    return version.value.decode()
 
 
 def make_record(result: Result, world_size: int, devices: list[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Ratios are a peer's time over ours, so above 1 is faster than the peer.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import hashlib
 import json
@@ -26,10 +25,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
+
 import deepseek_mla
 import torch
 from deepseek_mla import reference
 from deepseek_mla._library import LIBRARY_PATH
+from gpu_machine import driver_version, host_cpu
 from torch import Tensor
 
 METHOD = (
@@ -613,22 +615,6 @@ def time_host(table: Tensor) -> dict[str, Timing]:
     calls["function, q_out given"]()
     workload.check("host overhead")
     return timings
-
-
-def driver_version() -> str:
-    """The version of the NVIDIA driver, from NVML."""
-    nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    version = ctypes.create_string_buffer(80)
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlSystemGetDriverVersion(version, len(version)) != 0:
-        raise RuntimeError("NVML does not tell the driver's version")
-    return version.value.decode()
-
-
-def host_cpu() -> str:
-    """The CPU's model name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def describe_environment() -> dict[str, Any]:
