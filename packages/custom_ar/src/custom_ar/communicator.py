@@ -115,7 +115,6 @@ class Communicator:
             RuntimeError: on every rank, if ranks run different versions of this package.
         """
         self._fa: int | None = None
-        self._kernel_device: torch.device | None = None
         self._closed = False
         self._missing_ranks: list[int] = []
         self._logged: set[str] = set()
@@ -232,7 +231,6 @@ class Communicator:
             self._part_from_peers(self._fa)
         self._closed = True
         self._fa = None
-        self._kernel_device = None
         if self._memory is not None:
             for error in [*self._memory.close_mappings(), *self._memory.free()]:
                 _logger.warning("custom_ar: rank %d: close: %s", self.rank, error)
@@ -264,7 +262,10 @@ class Communicator:
     def _takes(self, x: Tensor) -> bool:
         """Whether the kernels take ``x`` if its elements lie densely."""
         return (
-            x.device == self._kernel_device and x.dtype in DTYPES and 0 < x.nbytes <= self.max_size
+            self._fa is not None
+            and x.device == self.device
+            and x.dtype in DTYPES
+            and 0 < x.nbytes <= self.max_size
         )
 
     def _all_reduce(self, x: Tensor, out: Tensor | None) -> Tensor:
@@ -394,7 +395,6 @@ class Communicator:
             raise
         self._memory = memory
         self._fa = memory.fa
-        self._kernel_device = self.device
         return None
 
     def _probe(self, fa: int | None) -> None:
