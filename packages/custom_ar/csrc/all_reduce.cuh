@@ -27,68 +27,7 @@ constexpr int kWarpSize = 32;
 // count; the others move data.
 constexpr int kControlThreads = kWarpSize;
 
-// What a block knows of the call it is part of.
-struct Call {
-  uint32_t number;
-  bool has_failed;  // before it began
-};
-
-// This block's part of one call, in the units of SharedHeader::begun.
-__device__ __forceinline__ unsigned long long block_part() {
-  constexpr unsigned long long kCall = 1ull << 32;
-  const unsigned long long part = kCall / gridDim.x;
-  return blockIdx.x == 0 ? kCall - part * (gridDim.x - 1) : part;
-}
-
-// The failures that this rank knows of: its own, and what a peer met that then does not take part
-// any more. By one warp, each lane of which reads its own peer's.
-struct Failures {
-  uint64_t own;
-  uint64_t peer;
-
-  __device__ explicit Failures(const AllReduceParams& params)
-      : own(load_shared(&params.buffers[params.rank]->failure)),
-        peer(threadIdx.x < kMaxWorldSize
-                 ? load_shared(&params.buffers[params.rank]->failures[threadIdx.x])
-                 : 0) {}
-
-  // Takes over a peer's. Returns whether there is any.
-  __device__ bool adopt(const AllReduceParams& params, uint32_t call) const {
-    if (peer != 0) fail(params, FailureKind::kPeerGaveUp, 1u << threadIdx.x, call, peer);
-    return own != 0 || peer != 0;
-  }
-};
-
-// Numbers the call. Every thread of the block calls this, before wait_for_previous_grid(): the
-// blocks of earlier calls have done so before they allowed this grid to start.
-__device__ __forceinline__ Call begin_call(const AllReduceParams& params) {
-  __shared__ Call call;
-  if (threadIdx.x < kControlThreads) {
-    const Failures failures(params);
-    uint32_t number = 0;
-    if (threadIdx.x == 0) {
-      SharedHeader* own = params.buffers[params.rank];
-      const unsigned long long begun =
-          atomicAdd(reinterpret_cast<unsigned long long*>(&own->begun), block_part());
-      number = static_cast<uint32_t>(begun >> 32) + 1;
-    }
-    number = __shfl_sync(0xffffffffu, number, 0);
-    const bool has_failed = __any_sync(0xffffffffu, failures.adopt(params, number));
-    if (threadIdx.x == 0) call = {number, has_failed};
-  }
-  __syncthreads();
-  return call;
-}
-
-// Tells every peer what this call is. By one warp of one block.
-__device__ __forceinline__ void announce_call(const AllReduceParams& params, int world_size,
-                                              uint32_t call) {
-  const int peer = threadIdx.x;
-  if (peer < world_size && peer != params.rank) {
-    store_shared(&params.buffers[peer]->descriptors[call % 2][params.rank],
-                 descriptor_of(params, call));
-  }
-}
+using Call = stable_common::PeerCall;
 
 // Waits until every peer has announced this call, and returns whether all announced the same. By
 // one warp; each of its lanes gets the answer for its own peer.
@@ -97,13 +36,14 @@ __device__ __forceinline__ bool peers_agree(const AllReduceParams& params, int w
   const int peer = threadIdx.x;
   if (peer >= world_size || peer == params.rank) return true;
   const uint64_t* address = &params.buffers[params.rank]->descriptors[call % 2][peer];
-  const uint64_t expected = descriptor_of(params, call);
+  const uint64_t expected = stable_common::descriptor_of(params, call);
   Patience patience(params, call, params.timeout_ns);
   for (;;) {
-    const uint64_t announced = load_shared(address);
+    const uint64_t announced = stable_common::load_header_word<AllReduceParams>(address);
     if (announced == expected) return true;
-    if (((announced ^ expected) & kDescriptorCallMask) == 0) {
-      fail(params, FailureKind::kDisagreement, 1u << peer, call, announced);
+    if (((announced ^ expected) & stable_common::kDescriptorCallMask) == 0) {
+      stable_common::fail(params, stable_common::FailureKind::kDisagreement, 1u << peer, call,
+                          announced);
       return false;
     }
     if (!patience.keep_waiting(1u << peer)) return false;
@@ -113,25 +53,23 @@ __device__ __forceinline__ bool peers_agree(const AllReduceParams& params, int w
 // What the control warp does while the others exchange data. Returns whether the call may go on.
 __device__ __forceinline__ bool control_call(const AllReduceParams& params, int world_size,
                                              uint32_t call) {
-  if (blockIdx.x == 0) announce_call(params, world_size, call);
-  // All asked for at once, and looked at once the peers are there.
-  //
-  // One block takes the call's number for its grid. That it is taken, or that the call before has
-  // not completed, means that two grids run at once. (Other blocks may have completed their parts
-  // of this call.)
+  using stable_common::Claim;
   SharedHeader* own = params.buffers[params.rank];
-  // By the lane that has no peer to wait for, so that it is said at once.
+  const int peer = threadIdx.x;
+  if (blockIdx.x == 0 && peer < world_size && peer != params.rank) {
+    stable_common::announce_call(params, params.buffers[peer], call);
+  }
+  // All asked for at once, and looked at once the peers are there. The claim by the lane that has
+  // no peer to wait for, so that a failure is said at once.
   const bool is_first = blockIdx.x == 0 && threadIdx.x == params.rank;
-  const uint32_t completed =
-      is_first ? static_cast<uint32_t>(load_shared(&own->completed) >> 32) : call - 1;
-  const uint32_t claimed = is_first ? atomicCAS(&own->claimed, call - 1, call) : call - 1;
+  const Claim claim = is_first ? Claim::take<AllReduceParams>(own, call) : Claim::none(call);
   // Again: the call before may have failed since this grid began.
-  const Failures failures(params);
+  const stable_common::Failures<AllReduceParams> failures(params);
 
   bool is_alive = peers_agree(params, world_size, call);
   if (failures.adopt(params, call)) is_alive = false;
-  if (claimed != call - 1 || completed != call - 1) {
-    fail(params, FailureKind::kConcurrentCall, 0, call, 0);
+  if (!claim.is_alone(call)) {
+    stable_common::fail(params, stable_common::FailureKind::kConcurrentCall, 0, call, 0);
     is_alive = false;
   }
   return is_alive;
@@ -139,8 +77,7 @@ __device__ __forceinline__ bool control_call(const AllReduceParams& params, int 
 
 // Counts this block's part of the call as completed. By one thread, after all of the block's.
 __device__ __forceinline__ void end_call(const AllReduceParams& params) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(&params.buffers[params.rank]->completed),
-            block_part());
+  stable_common::end_call<AllReduceParams>(params.buffers[params.rank]);
 }
 
 __device__ __forceinline__ int64_t count_vectors(const AllReduceParams& params) {
@@ -296,7 +233,7 @@ __global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
   int64_t index = is_control ? num_vectors : data_thread();
   prefetch_vector(params, index, num_vectors);
 
-  const Call call = begin_call(params);
+  const Call call = stable_common::begin_call(params);
   stable_common::wait_for_previous_grid();
   stable_common::allow_next_grid();
 
@@ -355,7 +292,7 @@ __global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
     if (first < shard_vectors) prefetch_vector(params, r * shard_vectors + first, num_vectors);
   }
 
-  const Call call = begin_call(params);
+  const Call call = stable_common::begin_call(params);
   stable_common::wait_for_previous_grid();
   stable_common::allow_next_grid();
 

@@ -43,9 +43,11 @@ int64_t slot_bytes_for(int world_size, int64_t max_bytes);
 int64_t bytes_per_piece(Algorithm algorithm, int world_size, int64_t slot_bytes);
 
 struct AllReduceParams {
+  using Header = SharedHeader;
+
   SharedHeader* buffers[kMaxWorldSize] = {};  // of all ranks, as this process maps them
-  FailureRecord* failure_record = nullptr;    // as the device maps it
-  int64_t slot_bytes = 0;                     // a multiple of kVectorBytes
+  stable_common::FailureRecord* failure_record = nullptr;  // as the device maps it
+  int64_t slot_bytes = 0;                                  // a multiple of kVectorBytes
   uint64_t timeout_ns = 0;
   int rank = 0;
 
@@ -56,6 +58,8 @@ struct AllReduceParams {
   int64_t num_bytes = 0;    // of this piece of the message, a multiple of the element's size
   bool is_aligned = false;  // input and output are, to kVectorBytes
   int depth = 1;
+
+  constexpr SharedHeader* header(int r) const { return buffers[r]; }
 };
 
 uint64_t make_descriptor(ElementType type, Algorithm algorithm, int64_t num_elements);

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <sstream>
 #include <string>
 #include <unordered_map>
 #include <utility>
 
-#include "shared_memory.h"
 #include "stable_common/cuda_check.h"
+#include "stable_common/peer_memory.h"
 #include "stable_common/tensor_check.h"
 
 namespace custom_ar {
@@ -17,43 +15,6 @@ namespace custom_ar {
 namespace {
 
 using stable_common::check;
-
-constexpr double kDefaultTimeoutSeconds = 30.0;
-constexpr double kMaxTimeoutSeconds = 1e9;
-
-// CUSTOM_AR_TIMEOUT, in seconds.
-double default_timeout(const char* op) {
-  const char* text = std::getenv("CUSTOM_AR_TIMEOUT");
-  if (text == nullptr || *text == '\0') return kDefaultTimeoutSeconds;
-  char* end = nullptr;
-  const double seconds = std::strtod(text, &end);
-  while (*end == ' ') ++end;
-  check(*end == '\0' && seconds > 0 && seconds < kMaxTimeoutSeconds, op,
-        "CUSTOM_AR_TIMEOUT must be a positive number of seconds below 1e9, got ", text);
-  return seconds;
-}
-
-FailureKind kind_of(uint64_t failure) { return static_cast<FailureKind>(failure & 0xff); }
-uint32_t ranks_of(uint64_t failure) { return (failure >> kFailureRanksShift) & 0xff; }
-uint32_t call_of(uint64_t failure) { return static_cast<uint32_t>(failure >> kFailureCallShift); }
-
-std::vector<int64_t> list_ranks(uint32_t mask) {
-  std::vector<int64_t> ranks;
-  for (int r = 0; r < kMaxWorldSize; ++r) {
-    if ((mask >> r & 1) != 0) ranks.push_back(r);
-  }
-  return ranks;
-}
-
-// "rank 1", or "ranks 1, 3".
-std::string ranks_text(uint32_t mask) {
-  const std::vector<int64_t> ranks = list_ranks(mask);
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
-  }
-  return text;
-}
 
 // "1024 elements of torch.bfloat16"
 std::string descriptor_text(uint64_t descriptor) {
@@ -64,52 +25,34 @@ std::string descriptor_text(uint64_t descriptor) {
          kTypes[descriptor >> kDescriptorTypeShift & 3] + (is_two_shot ? " in two shots" : "");
 }
 
-// Why another rank gave up: "since rank 1 did not take part".
-std::string cause_text(uint64_t failure, int own_rank) {
-  switch (kind_of(failure)) {
-    case FailureKind::kTimeout:
-      return (ranks_of(failure) >> own_rank & 1) != 0
-                 ? "having waited in vain for this rank, " + std::to_string(own_rank)
-                 : "since " + ranks_text(ranks_of(failure)) + " did not take part";
-    case FailureKind::kDisagreement:
-      return "since ranks disagreed on what to reduce";
-    case FailureKind::kPeerClosed:
-      return "since " + ranks_text(ranks_of(failure)) + " had closed";
-    default:
-      return "since two calls ran at once on a rank";
-  }
-}
+constexpr stable_common::PeerFailure::Wording kWording = {
+    .object = "communicator",
+    .verb = "reduces",
+    .describe = descriptor_text,
+    .describe_capacity = nullptr,  // larger messages pass in pieces
+};
 
 }  // namespace
 
 Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank, int device_index)
-    : rank_(rank), device_index_(device_index), buffers_(std::move(buffers)) {
+    : rank_(rank),
+      device_index_(device_index),
+      buffers_(std::move(buffers)),
+      failure_(kWording, rank, static_cast<int>(buffers_.size())) {
   STABLE_CUDA_CHECK(stable_common::get_device_properties(device_index, &device_));
   check(device_.compute_capability >= 80, op,
         "needs a device of compute capability 8.0 or later, got ", device_.compute_capability / 10,
         ".", device_.compute_capability % 10);
-  const int64_t own_bytes = shared_bytes(op, buffers_[rank]);
+  const int64_t own_bytes = stable_common::shared_bytes(op, buffers_[rank]);
   slot_bytes_ = (own_bytes - kHeaderBytes) / kNumSlots / kVectorBytes * kVectorBytes;
   // A piece must hold a vector of each rank's.
   check(slot_bytes_ >= 2 * kMaxWorldSize * kVectorBytes, op, "ipc_tensors[", rank,
         "] must be a buffer of at least meta_size() bytes, got ", own_bytes);
   for (int r = 0; r < world_size(); ++r) {
-    const int64_t bytes = shared_bytes(op, buffers_[r]);
+    const int64_t bytes = stable_common::shared_bytes(op, buffers_[r]);
     check(bytes >= kHeaderBytes + kNumSlots * slot_bytes_, op, "ipc_tensors[", r,
           "] must be a buffer as large as this rank's, ", own_bytes, " bytes, got ", bytes);
   }
-  void* record = nullptr;
-  STABLE_CUDA_CHECK(cudaHostAlloc(&record, sizeof(FailureRecord), cudaHostAllocMapped));
-  std::memset(record, 0, sizeof(FailureRecord));
-  record_ = static_cast<FailureRecord*>(record);
-  void* device_record = nullptr;
-  cudaError_t error = cudaHostGetDevicePointer(&device_record, record, 0);
-  if (error == cudaSuccess) error = cudaEventCreateWithFlags(&last_call_, cudaEventDisableTiming);
-  if (error != cudaSuccess) {
-    (void)cudaFreeHost(record);
-    STABLE_CUDA_CHECK(error);
-  }
-  device_record_ = static_cast<FailureRecord*>(device_record);
   add_mappings(buffers_);
 }
 
@@ -118,12 +61,10 @@ Communicator::~Communicator() {
   (void)cudaDeviceSynchronize();
   for (void* address : mappings_) {
     try {
-      close_if_opened(address);
+      stable_common::close_if_opened(address);
     } catch (...) {
     }
   }
-  (void)cudaEventDestroy(last_call_);
-  (void)cudaFreeHost(record_);
   (void)cudaGetLastError();
 }
 
@@ -134,91 +75,19 @@ void Communicator::add_mappings(const std::vector<void*>& addresses) {
   }
 }
 
-void Communicator::check_failure(const char* op) const {
-  const auto read = [](const uint64_t& word) {
-    return __atomic_load_n(&word, __ATOMIC_ACQUIRE);  // written by the device
-  };
-  const uint64_t failure = read(record_->failure);
-  if (failure == 0) return;
-  const uint32_t call = call_of(failure);
-  std::ostringstream text;
-  switch (kind_of(failure)) {
-    case FailureKind::kTimeout:
-      text << ranks_text(ranks_of(failure)) << " did not take part in call " << call << " within "
-           << static_cast<double>(timeout_ns_) * 1e-9 << " s (this is rank " << rank_ << " of "
-           << world_size() << ")";
-      break;
-    case FailureKind::kDisagreement:
-      text << "ranks disagree in call " << call << ": rank " << rank_ << " reduces "
-           << descriptor_text(record_->own_descriptor) << ", " << ranks_text(ranks_of(failure))
-           << " " << descriptor_text(record_->peer_descriptor);
-      break;
-    case FailureKind::kPeerClosed:
-      text << ranks_text(ranks_of(failure)) << " had closed before call " << call
-           << " (this is rank " << rank_ << " of " << world_size() << ")";
-      break;
-    case FailureKind::kConcurrentCall:
-      text << "two calls ran at once on rank " << rank_ << " of " << world_size()
-           << ": order the calls of a communicator, graph replays included, on one stream or by "
-              "events";
-      break;
-    default: {
-      const int peer = static_cast<int>(list_ranks(ranks_of(failure)).front());
-      text << "rank " << peer << " gave up in call " << call_of(record_->peer_failure) << ", "
-           << cause_text(record_->peer_failure, rank_) << " (this is rank " << rank_ << " of "
-           << world_size() << ")";
-    }
-  }
-  check(false, op, text.str(), "; this communicator can only be closed now");
-}
-
-std::vector<int64_t> Communicator::missing_ranks() const {
-  const uint64_t failure = __atomic_load_n(&record_->failure, __ATOMIC_ACQUIRE);
-  if (kind_of(failure) == FailureKind::kTimeout) return list_ranks(ranks_of(failure));
-  if (kind_of(failure) == FailureKind::kPeerGaveUp &&
-      kind_of(record_->peer_failure) == FailureKind::kTimeout) {
-    return list_ranks(ranks_of(record_->peer_failure));
-  }
-  return {};
-}
-
-bool Communicator::order_after_other_streams(cudaStream_t stream) {
-  if (has_called_ && stream == last_stream_ && !has_several_streams_) return false;
-  const auto captures = [](cudaStream_t queried) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    STABLE_CUDA_CHECK(cudaStreamIsCapturing(queried, &status));
-    return status != cudaStreamCaptureStatusNone;
-  };
-  // What is captured runs when its graph does, and is ordered where that is launched.
-  if (captures(stream)) return true;
-  if (!has_called_ || stream == last_stream_) return false;
-  if (!has_several_streams_) {
-    // A stream that has begun to capture can be neither asked nor waited for.
-    if (captures(last_stream_)) return false;
-    const cudaError_t busy = cudaStreamQuery(last_stream_);
-    if (busy == cudaSuccess) return false;
-    if (busy != cudaErrorNotReady) STABLE_CUDA_CHECK(busy);
-    (void)cudaGetLastError();
-    has_several_streams_ = true;
-    STABLE_CUDA_CHECK(cudaEventRecord(last_call_, last_stream_));
-  }
-  STABLE_CUDA_CHECK(cudaStreamWaitEvent(stream, last_call_));
-  return false;
-}
-
 void Communicator::all_reduce(const char* op, const void* input, void* output, int64_t num_elements,
                               ElementType type, const AllReduceTuning& tuning,
                               cudaStream_t stream) {
   check_failure(op);
   const std::lock_guard lock(mutex_);
-  if (timeout_ns_ == 0) set_timeout(default_timeout(op));
-  const bool is_capturing = order_after_other_streams(stream);
+  if (timeout_ns_ == 0) set_timeout(stable_common::default_timeout(op, "CUSTOM_AR_TIMEOUT"));
+  const bool is_capturing = streams_.begin_call(stream);
 
   AllReduceParams params;
   for (int r = 0; r < world_size(); ++r) {
     params.buffers[r] = static_cast<SharedHeader*>(buffers_[r]);
   }
-  params.failure_record = device_record_;
+  params.failure_record = failure_.device_record();
   params.slot_bytes = slot_bytes_;
   params.timeout_ns = timeout_ns_;
   params.rank = rank_;
@@ -237,15 +106,12 @@ void Communicator::all_reduce(const char* op, const void* input, void* output, i
     STABLE_CUDA_CHECK(launch_all_reduce(params, type, world_size(), tuning, device_, stream));
   }
 
-  if (is_capturing) return;
-  if (has_several_streams_) STABLE_CUDA_CHECK(cudaEventRecord(last_call_, stream));
-  last_stream_ = stream;
-  has_called_ = true;
+  if (!is_capturing) streams_.end_call(stream);
 }
 
 void Communicator::announce_close() {
   STABLE_CUDA_CHECK(cudaDeviceSynchronize());
-  const uint32_t closed = 1;
+  const uint64_t closed = 1;
   for (int r = 0; r < world_size(); ++r) {
     if (r == rank_) continue;
     auto* header = static_cast<SharedHeader*>(buffers_[r]);
@@ -255,7 +121,7 @@ void Communicator::announce_close() {
 }
 
 std::vector<int64_t> Communicator::open_peers() const {
-  uint32_t closed[kMaxWorldSize] = {};
+  uint64_t closed[kMaxWorldSize] = {};
   const auto* header = static_cast<const SharedHeader*>(buffers_[rank_]);
   STABLE_CUDA_CHECK(cudaMemcpy(closed, header->closed, sizeof(closed), cudaMemcpyDefault));
   std::vector<int64_t> open;

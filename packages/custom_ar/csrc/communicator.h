@@ -11,6 +11,8 @@
 #include "all_reduce.h"
 #include "shared_buffer.h"
 #include "stable_common/device_properties.h"
+#include "stable_common/peer_failure.h"
+#include "stable_common/stream_order.h"
 
 namespace custom_ar {
 
@@ -31,10 +33,10 @@ class Communicator {
   void set_timeout(double seconds) { timeout_ns_ = static_cast<uint64_t>(seconds * 1e9); }
 
   // Throws if a call has failed.
-  void check_failure(const char* op) const;
+  void check_failure(const char* op) const { failure_.check_calls(op, timeout_ns_); }
 
   // The ranks that did not take part in the call that failed, if that is how it did.
-  std::vector<int64_t> missing_ranks() const;
+  std::vector<int64_t> missing_ranks() const { return failure_.missing_ranks(); }
 
   // Reduces `num_elements` on `stream`, in as many pieces as the slots ask for. `output` may be
   // `input`.
@@ -50,27 +52,18 @@ class Communicator {
   void add_mappings(const std::vector<void*>& addresses);
 
  private:
-  // Lets what follows on `stream` wait for the last call, and returns whether `stream` captures.
-  bool order_after_other_streams(cudaStream_t stream);
-
   int rank_;
   int device_index_;
   int64_t slot_bytes_ = 0;
   uint64_t timeout_ns_ = 0;  // 0: to be read from the environment
   std::vector<void*> buffers_;
   std::vector<void*> mappings_;
-  FailureRecord* record_ = nullptr;         // host memory
-  FailureRecord* device_record_ = nullptr;  // the same, as the device maps it
+  stable_common::PeerFailure failure_;
   stable_common::DeviceProperties device_;
 
-  // Calls are ordered across streams in the order they are made: on two streams at once they would
-  // read each other's data. Events are recorded once a second stream has been seen while the first
-  // was at work.
   std::mutex mutex_;  // guards what follows, and lets no thread's pieces between another's
-  cudaEvent_t last_call_ = nullptr;
-  cudaStream_t last_stream_ = nullptr;
-  bool has_called_ = false;
-  bool has_several_streams_ = false;
+  // On two streams at once calls would read each other's data.
+  stable_common::StreamOrder streams_;
 };
 
 // The communicators of this process by id. Ids are not reused.

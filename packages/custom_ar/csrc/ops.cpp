@@ -3,15 +3,14 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <utility>
 
 #include "all_reduce.h"
 #include "communicator.h"
-#include "shared_memory.h"
 #include "stable_common/cuda_check.h"
+#include "stable_common/peer_memory.h"
 #include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
 
@@ -264,30 +263,22 @@ void register_graph_buffers(int64_t fa, std::vector<std::vector<int64_t>> handle
 std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
   check(size > 0, kAllocate, "size must be positive, got ", size);
   const CurrentDevice current(current_device_index());
-  const int64_t sizes[] = {sizeof(cudaIpcMemHandle_t)};
-  const int64_t strides[] = {1};
-  AtenTensorHandle tensor = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, sizes, strides, aoti_torch_dtype_uint8(),
-                                                  aoti_torch_device_type_cpu(), 0, &tensor));
-  Tensor handle(tensor);
-  cudaIpcMemHandle_t value = {};
-  void* address = allocate_shared(size, &value);
-  std::memcpy(handle.data_ptr(), &value, sizeof(value));
-  return {reinterpret_cast<int64_t>(address), std::move(handle)};
+  cudaIpcMemHandle_t handle = {};
+  void* address = stable_common::allocate_shared(size, 0, &handle);
+  return {reinterpret_cast<int64_t>(address), stable_common::handle_tensor(handle)};
 }
 
 int64_t open_mem_handle(const Tensor& mem_handle) {
-  const Argument argument(kOpen, "mem_handle", mem_handle);
-  argument.has_dtype({ScalarType::Byte})
-      .has_shape({static_cast<int64_t>(sizeof(cudaIpcMemHandle_t))})
-      .is_dense_from(0);
+  const cudaIpcMemHandle_t handle =
+      stable_common::tensor_handle(Argument(kOpen, "mem_handle", mem_handle));
   const CurrentDevice current(current_device_index());
-  cudaIpcMemHandle_t handle;
-  std::memcpy(&handle, mem_handle.data_ptr(), sizeof(handle));
-  return reinterpret_cast<int64_t>(open_shared(handle));
+  return reinterpret_cast<int64_t>(stable_common::open_shared(handle));
 }
 
-void free_shared_buffer(int64_t ptr) { free_shared(kFree, reinterpret_cast<void*>(ptr)); }
+void free_shared_buffer(int64_t ptr) {
+  stable_common::free_shared(kFree, "ptr", "allocate_shared_buffer_and_handle or open_mem_handle",
+                             reinterpret_cast<void*>(ptr));
+}
 
 int64_t buffer_size(int64_t world_size, int64_t max_size) {
   constexpr char kOp[] = "custom_ar::_buffer_size";
@@ -301,7 +292,7 @@ int64_t buffer_size(int64_t world_size, int64_t max_size) {
 
 void set_timeout(int64_t fa, double seconds) {
   constexpr char kOp[] = "custom_ar::_set_timeout";
-  check(seconds > 0 && seconds < 1e9, kOp, "seconds must be in (0, 1e9), got ", seconds);
+  stable_common::check_timeout(kOp, seconds);
   find_communicator(kOp, fa)->set_timeout(seconds);
 }
 

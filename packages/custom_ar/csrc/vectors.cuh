@@ -1,9 +1,6 @@
 // A message as vectors of 16 bytes, the last of which may be partial, and how they are summed.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
 
@@ -12,39 +9,8 @@
 
 namespace custom_ar::device {
 
-// The fp32 values of a vector, and back, rounded once.
 template <typename Element>
-struct Values {
-  static constexpr int kCount = kVectorBytes / sizeof(Element);
-
-  static __device__ __forceinline__ void unpack(uint4 v, float (&values)[kCount]) {
-    const uint32_t words[] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(Element) == 4) {
-        values[i] = __uint_as_float(words[i]);
-      } else {
-        const float2 pair = stable_common::Packed2<Element>::unpack(words[i]);
-        values[2 * i] = pair.x;
-        values[2 * i + 1] = pair.y;
-      }
-    }
-  }
-
-  static __device__ __forceinline__ uint4 pack(const float (&values)[kCount]) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(Element) == 4) {
-        words[i] = __float_as_uint(values[i]);
-      } else {
-        words[i] =
-            stable_common::Packed2<Element>::pack(make_float2(values[2 * i], values[2 * i + 1]));
-      }
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-};
+using Values = stable_common::VectorValues<Element>;
 
 __device__ __forceinline__ uint4 select(bool condition, uint4 a, uint4 b) {
   return make_uint4(condition ? a.x : b.x, condition ? a.y : b.y, condition ? a.z : b.z,

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import math
-import os
-import socket
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,26 +18,31 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _library  # noqa: F401  defines the operators
-
-T = TypeVar("T")
+from ._peer_group import (
+    PROBE_SECONDS,
+    PeerBuffers,
+    PeerGroup,
+    checked_device,
+    checked_timeout,
+    find_obstacle,
+    first_line,
+)
+from ._peer_group import Facts as _Facts
+from ._peer_group import check_peer_access as _check_peer_access
+from ._peer_group import host as _host
 
 DEFAULT_MAX_SIZE = 32 << 20
-DEFAULT_TIMEOUT = 30.0
 TIMEOUT_VARIABLE = "CUSTOM_AR_TIMEOUT"
 MAX_WORLD_SIZE = 8
 MIN_CAPABILITY = (8, 0)
 DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
-# Bounds what construction waits for peers' writes, whatever the caller's timeout: at its first
-# launch a rank loads its kernels, which may take longer than a short timeout of the caller's.
-_PROBE_SECONDS = 10.0
 # Not a multiple of anything, so that all kinds of stores are tried.
 _PROBE_ELEMENTS = 20_011
-_CLOSE_SECONDS = 5.0
 
 _MAX_MAX_SIZE = 1 << 40
-_MAX_TIMEOUT = 1e9
 
+_NAME = "custom_ar.Communicator"
 _VERSION = version("custom-ar")
 _logger = logging.getLogger("custom_ar")
 _ops = torch.ops.custom_ar
@@ -121,27 +120,26 @@ class Communicator:
         self._memory: _SharedMemory | None = None
         self.fallback_reason = None
 
-        self.group = _checked_group(group)
-        self.rank = dist.get_rank(self.group)
-        self.world_size = dist.get_world_size(self.group)
+        self._peers = PeerGroup(_NAME, group)
+        self.group = self._peers.group
+        self.rank = self._peers.rank
+        self.world_size = self._peers.size
         argument_error = None
         facts = None
         try:
-            self.device = _checked_device(device)
+            self.device = checked_device(device)
             self.max_size = _checked_max_size(max_size)
-            self.timeout = _checked_timeout(timeout)
-            facts = _Facts.of_this_process(self.device, self.max_size)
+            self.timeout = checked_timeout(timeout, TIMEOUT_VARIABLE)
+            facts = _Facts.of_this_process(_VERSION, self.max_size, _host(), self.device)
         except Exception as error:
             # Of CUDA's, say: the others are told before it is raised.
-            argument_error = _first_line(error)
+            argument_error = first_line(error)
 
+        all_facts = self._peers.exchange_facts(facts, argument_error)
         if self.world_size > 1:
-            all_facts = self._exchange_facts(facts, argument_error)
             self.fallback_reason = _obstacle(all_facts) or self._set_up(all_facts)
             if self.fallback_reason is not None:
-                self._log_fallback(all_facts)
-        elif argument_error is not None:
-            raise ValueError(f"custom_ar.Communicator: {argument_error}")
+                self._peers.log_fallback(self.fallback_reason, all_facts)
 
         self._id = next(_next_id)
         _communicators[self._id] = self
@@ -226,14 +224,19 @@ class Communicator:
         """
         if self._closed:
             return
-        if self._fa is not None:
+        fa = self._fa
+        if fa is not None:
             self._missing_ranks = self.missing_ranks
-            self._part_from_peers(self._fa)
+            self._peers.part(
+                announce=lambda: _ops._announce_close(fa),
+                open_peers=lambda: _ops._open_peers(fa),
+                missing_ranks=self._missing_ranks,
+                timeout=self.timeout,
+            )
         self._closed = True
         self._fa = None
         if self._memory is not None:
-            for error in [*self._memory.close_mappings(), *self._memory.free()]:
-                _logger.warning("custom_ar: rank %d: close: %s", self.rank, error)
+            self._peers.release(self._memory)
 
     def __enter__(self) -> Communicator:
         return self
@@ -332,70 +335,21 @@ class Communicator:
             reason,
         )
 
-    def _log_fallback(self, facts: Sequence[_Facts]) -> None:
-        # All ranks on the CPU: whoever does that means it.
-        is_expected = all(fact.device == "cpu" for fact in facts)
-        _logger.log(
-            logging.INFO if is_expected else logging.WARNING,
-            "custom_ar: rank %d of %d: all calls go to torch.distributed (%s): %s",
-            self.rank,
-            self.world_size,
-            dist.get_backend_config(self.group),
-            self.fallback_reason,
-        )
-
-    # Setting up. Whatever fails on one rank, all ranks make the same collective calls: each step
-    # ends with an exchange of its results, by which all decide alike.
-
-    def _exchange_facts(self, facts: _Facts | None, argument_error: str | None) -> list[_Facts]:
-        """Exchange what the ranks start from; raise on all if an argument is bad on any."""
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, (facts, argument_error), group=self.group)
-        if argument_error is not None:
-            raise ValueError(f"custom_ar.Communicator: {argument_error}")
-        for rank, (_, error) in enumerate(gathered):
-            if error is not None:
-                raise ValueError(f"custom_ar.Communicator: on rank {rank}, {error}")
-        return [facts for facts, _ in gathered]
-
-    def _step(self, what: str, function: Callable[[], T]) -> list[T]:
-        """Run a step on this rank and exchange the results; raise _StepFailed on all if any did."""
-        value: T | None = None
-        error = None
-        try:
-            value = function()
-        except Exception as exception:
-            error = _first_line(exception)
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, (value, error), group=self.group)
-        for rank, (_, text) in enumerate(gathered):
-            if text is not None:
-                raise _StepFailed(f"rank {rank} could not {what}: {text}")
-        return [value for value, _ in gathered]
+    # Setting up.
 
     def _set_up(self, facts: Sequence[_Facts]) -> str | None:
         """Share memory with the peers and try it; return what failed, on whichever rank."""
         memory = _SharedMemory(self.device, self.rank)
-        try:
-            self._step("use its peers' memory", lambda: _check_peer_access(facts, self.rank))
-            num_bytes = _ops._buffer_size(self.world_size, self.max_size)
-            handles = self._step("allocate shared memory", lambda: memory.allocate(num_bytes))
-            self._step("map its peers' memory", lambda: memory.open(handles))
-            self._step("verify its peers' writes", lambda: self._probe(memory.fa))
-        except _StepFailed as failure:
-            # No one frees memory that a peer still maps.
-            with contextlib.suppress(_StepFailed):
-                self._step("close its mappings", memory.close_mappings)
-            memory.free()
-            return str(failure)
-        except BaseException:
-            # The group itself failed, so there is no one to agree with.
-            memory.close_mappings()
-            memory.free()
-            raise
-        self._memory = memory
-        self._fa = memory.fa
-        return None
+        failure: str | None = self._peers.set_up(
+            memory,
+            _ops._buffer_size(self.world_size, self.max_size),
+            check_access=lambda: _check_peer_access(facts, self.rank),
+            probe=lambda: self._probe(memory.fa),
+        )
+        if failure is None:
+            self._memory = memory
+            self._fa = memory.fa
+        return failure
 
     def _probe(self, fa: int | None) -> None:
         """Raise unless peers' writes arrive: some drivers promise access and lose them."""
@@ -405,7 +359,7 @@ class Communicator:
             ranks = range(self.world_size)
             expected = (index * len(ranks) + 1009 * sum(ranks)).float()
             outputs = []
-            _ops._set_timeout(fa, _PROBE_SECONDS)
+            _ops._set_timeout(fa, PROBE_SECONDS)
             # Both algorithms, and each in both halves of the buffer, which calls take in turn.
             for algorithm in (0, 0, 1, 1):
                 outputs.append(torch.full_like(own, math.nan))
@@ -416,27 +370,6 @@ class Communicator:
                 raise RuntimeError("sums of what the peers wrote are wrong")
             _ops._set_timeout(fa, self.timeout)
 
-    def _part_from_peers(self, fa: int) -> None:
-        """Let the peers know that this rank writes no more, and wait for the same from them."""
-        try:
-            _ops._announce_close(fa)
-            deadline = time.monotonic() + min(_CLOSE_SECONDS, self.timeout)
-            while True:
-                awaited = sorted(set(_ops._open_peers(fa)) - set(self._missing_ranks))
-                if not awaited or time.monotonic() >= deadline:
-                    break
-                time.sleep(0.001)
-        except RuntimeError as error:
-            _logger.warning("custom_ar: rank %d: close: %s", self.rank, error)
-            return
-        if awaited:
-            _logger.warning(
-                "custom_ar: rank %d of %d: closed without %s, which did not close in time",
-                self.rank,
-                self.world_size,
-                _ranks_text(awaited),
-            )
-
 
 class _SharedMemory:
     """What a communicator holds on the device: its own buffer, the peers' mapped, and ``fa``."""
@@ -444,107 +377,39 @@ class _SharedMemory:
     def __init__(self, device: torch.device, rank: int) -> None:
         self._device = device
         self._rank = rank
-        self._own: int | None = None
-        self._opened: list[int] = []
+        self._buffers = PeerBuffers(
+            device,
+            rank,
+            allocate=_ops.allocate_shared_buffer_and_handle,
+            open=_ops.open_mem_handle,
+            free=_ops.free_shared_buffer,
+        )
         self.fa: int | None = None
 
     def allocate(self, num_bytes: int) -> list[int]:
         """Allocate the own buffer and return the bytes of its handle."""
-        with torch.cuda.device(self._device):
-            self._own, handle = _ops.allocate_shared_buffer_and_handle(num_bytes)
-        result: list[int] = handle.tolist()
-        return result
+        handle: list[int] = self._buffers.allocate(num_bytes)
+        return handle
 
     def open(self, handles: Sequence[Sequence[int]]) -> None:
         """Map the buffers of the peers and make ``fa``."""
-        addresses = []
+        addresses = self._buffers.open(handles)
         with torch.cuda.device(self._device):
-            for rank, handle in enumerate(handles):
-                if rank == self._rank:
-                    addresses.append(self._own)
-                    continue
-                address = _ops.open_mem_handle(torch.tensor(handle, dtype=torch.uint8))
-                self._opened.append(address)
-                addresses.append(address)
             rank_data = torch.empty(1, dtype=torch.uint8, device=self._device)
             self.fa = _ops.init_custom_ar(addresses, rank_data, self._rank, True)
-        # `fa` closes them from now on.
-        self._opened.clear()
+        # `fa` unmaps them from now on.
+        self._buffers.hand_over_mappings()
 
     def close_mappings(self) -> list[str]:
         """End ``fa`` and unmap the peers' buffers; return what went wrong."""
-        calls = [(_ops.free_shared_buffer, address) for address in self._opened]
-        if self.fa is not None:
-            calls.append((_ops.dispose, self.fa))
-        self._opened, self.fa = [], None
-        return self._attempt(calls)
+        fa, self.fa = self.fa, None
+        calls = [] if fa is None else [lambda: _ops.dispose(fa)]
+        return [*self._buffers.attempt(calls), *self._buffers.close_mappings()]
 
     def free(self) -> list[str]:
-        """Free the own buffer; return what went wrong.
-
-        A peer that writes no more may still have it mapped. The driver keeps memory as long as
-        anyone maps it.
-        """
-        calls = [] if self._own is None else [(_ops.free_shared_buffer, self._own)]
-        self._own = None
-        return self._attempt(calls)
-
-    def _attempt(self, calls: Sequence[tuple[Callable[[int], None], int]]) -> list[str]:
-        errors = []
-        for function, argument in calls:
-            try:
-                with torch.cuda.device(self._device):
-                    function(argument)
-            except RuntimeError as error:
-                errors.append(str(error))
+        """Free the own buffer; return what went wrong."""
+        errors: list[str] = self._buffers.free()
         return errors
-
-
-class _StepFailed(Exception):
-    """A step of setting up failed on some rank, which all ranks know."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    """What a rank tells the others before anything is allocated."""
-
-    version: str
-    max_size: int
-    host_name: str
-    host_id: str
-    device: str  # its type
-    device_name: str = ""
-    device_uuid: str = ""
-    capability: tuple[int, int] = (0, 0)
-    problem: str | None = None  # with the device
-
-    @staticmethod
-    def of_this_process(device: torch.device, max_size: int) -> _Facts:
-        host_name, host_id = _host()
-        facts = _Facts(_VERSION, max_size, host_name, host_id, device.type)
-        if device.type != "cuda":
-            return facts
-        if not torch.cuda.is_available():
-            return dataclasses.replace(facts, problem="CUDA is not available")
-        try:
-            properties = torch.cuda.get_device_properties(device)
-        except Exception as error:
-            return dataclasses.replace(facts, problem=_first_line(error))
-        return dataclasses.replace(
-            facts,
-            device_name=properties.name,
-            device_uuid=str(properties.uuid),
-            capability=(properties.major, properties.minor),
-        )
-
-
-def _host() -> tuple[str, str]:
-    """The name of the host, and what tells it from every other: containers of one host share it."""
-    name = socket.gethostname()
-    try:
-        return name, Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return name, name
 
 
 def _obstacle(facts: Sequence[_Facts]) -> str | None:
@@ -554,120 +419,20 @@ def _obstacle(facts: Sequence[_Facts]) -> str | None:
         ValueError: ``max_size`` differs.
         RuntimeError: the versions differ.
     """
-    for rank, fact in enumerate(facts):
-        if fact.version != facts[0].version:
-            raise RuntimeError(
-                "custom_ar.Communicator: all ranks must have the same version of custom-ar, got "
-                f"{facts[0].version} on rank 0 and {fact.version} on rank {rank}"
-            )
-    for rank, fact in enumerate(facts):
-        if fact.max_size != facts[0].max_size:
-            raise ValueError(
-                "custom_ar.Communicator: max_size must be the same on all ranks, got "
-                f"{facts[0].max_size} on rank 0 and {fact.max_size} on rank {rank}"
-            )
-    if len(facts) > MAX_WORLD_SIZE:
-        return f"the kernels serve at most {MAX_WORLD_SIZE} ranks, and the group has {len(facts)}"
-    hosts: dict[str, list[int]] = {}
-    for rank, fact in enumerate(facts):
-        hosts.setdefault(fact.host_id, []).append(rank)
-    if len(hosts) > 1:
-        places = [f"{_ranks_text(on)} on {facts[on[0]].host_name}" for on in hosts.values()]
-        return f"the group spans hosts: {', '.join(places)}"
-    for type_ in sorted({fact.device for fact in facts} - {"cuda"}):
-        ranks = [rank for rank, fact in enumerate(facts) if fact.device == type_]
-        return f"the kernels are for CUDA, and the device of {_ranks_text(ranks)} is {type_}"
-    for rank, fact in enumerate(facts):
-        if fact.problem is not None:
-            return f"rank {rank} cannot use its device: {fact.problem}"
-        if fact.capability < MIN_CAPABILITY:
-            least, actual = (".".join(map(str, pair)) for pair in (MIN_CAPABILITY, fact.capability))
-            return (
-                f"the kernels need compute capability {least} or later, and the {fact.device_name} "
-                f"of rank {rank} has {actual}"
-            )
-    return None
-
-
-def _check_peer_access(facts: Sequence[_Facts], rank: int) -> None:
-    """Raise if a peer's device is known to be out of reach.
-
-    A device that this process does not see is found out about by mapping its memory.
-    """
-    indices = {
-        str(torch.cuda.get_device_properties(index).uuid): index
-        for index in range(torch.cuda.device_count())
-    }
-    own = indices.get(facts[rank].device_uuid)
-    for peer, fact in enumerate(facts):
-        index = indices.get(fact.device_uuid)
-        if own is None or index is None or index == own:
-            continue
-        if not torch.cuda.can_device_access_peer(own, index):
-            raise RuntimeError(f"no peer access to the device of rank {peer}, cuda:{index}")
-
-
-def _checked_group(group: object) -> dist.ProcessGroup:
-    """The group, or the default one; ValueError unless objects can be exchanged over it."""
-    if group is None:
-        if not dist.is_initialized():
-            raise ValueError(
-                "custom_ar.Communicator: group must be a process group, got None and there is no "
-                "default group; call torch.distributed.init_process_group first"
-            )
-        group = dist.group.WORLD
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        # What new_group returned to a process that it left out.
-        group = "one that this process is not in"
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"custom_ar.Communicator: group must be a process group, got {group}")
-    backend = dist.get_backend_config(group)
-    if "cpu" not in (part.partition(":")[0] for part in backend.split(",")):
-        raise ValueError(
-            "custom_ar.Communicator: group must have a CPU backend, to exchange handles, got "
-            f"{backend!r}; make it with the backend 'gloo' or 'cpu:gloo,cuda:nccl'"
-        )
-    return group
-
-
-def _checked_device(device: torch.device | str | int | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        result = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch device, got {device!r}") from error
-    if result.type != "cuda" or not torch.cuda.is_available():
-        return result
-    index: Any = result.index  # None for "cuda", whatever its annotation says
-    if index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"device must be one of {torch.cuda.device_count()} CUDA devices, got {result}"
-        )
-    return result
+    obstacle: str | None = find_obstacle(
+        _NAME,
+        facts,
+        size_name="max_size",
+        max_ranks=MAX_WORLD_SIZE,
+        min_capability=MIN_CAPABILITY,
+    )
+    return obstacle
 
 
 def _checked_max_size(max_size: int) -> int:
     if not isinstance(max_size, int) or not 0 < max_size <= _MAX_MAX_SIZE:
         raise ValueError(f"max_size must be bytes in [1, 2^40], got {max_size!r}")
     return max_size
-
-
-def _checked_timeout(timeout: float | None) -> float:
-    name = "timeout"
-    value: object = timeout
-    if timeout is None:
-        name = TIMEOUT_VARIABLE
-        value = os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds < _MAX_TIMEOUT:
-        raise ValueError(f"{name} must be a positive number of seconds below 1e9, got {value!r}")
-    return seconds
 
 
 def _check_out(x: Tensor, out: Tensor) -> None:
@@ -693,14 +458,6 @@ def _is_dense(x: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _ranks_text(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _functional_all_reduce(input: Tensor, communicator: int) -> Tensor:

@@ -52,13 +52,23 @@ macro(stable_common_enable_cuda)
   enable_language(CUDA)
 endmacro()
 
-# stable_common_add_extension(<name> SOURCES <file>... CUDA_ARCHITECTURES <arch>... [DESTINATION <dir>])
+# stable_common_add_extension(<name> SOURCES <file>... CUDA_ARCHITECTURES <arch>...
+#   [PYTHON_MODULES <module>...] [DESTINATION <dir>])
 #
 # Builds _<name>.so, an op library that loads under every torch from 2.10 on, with CUDA or without,
 # and installs it to <dir> (default: <name>). .cu sources see CUDA headers only; .cpp sources see
 # torch's stable headers too. Architectures are CMake's: 90a-real is a cubin, 120 a cubin and PTX.
+#
+# Of the Python modules that packages share, those named are installed beside it, each under a
+# private name: peer_group as _peer_group.py. So no package needs another one to run.
 function(stable_common_add_extension name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "DESTINATION" "SOURCES;CUDA_ARCHITECTURES")
+  cmake_parse_arguments(
+    PARSE_ARGV 1
+    arg
+    ""
+    "DESTINATION"
+    "SOURCES;CUDA_ARCHITECTURES;PYTHON_MODULES"
+  )
   if(NOT arg_SOURCES OR NOT arg_CUDA_ARCHITECTURES OR arg_UNPARSED_ARGUMENTS)
     message(
       FATAL_ERROR
@@ -68,6 +78,11 @@ function(stable_common_add_extension name)
   if(NOT arg_DESTINATION)
     set(arg_DESTINATION "${name}")
   endif()
+  foreach(module IN LISTS arg_PYTHON_MODULES)
+    if(NOT EXISTS "${stable_common_PYTHON_DIR}/${module}.py")
+      message(FATAL_ERROR "stable_common: no module ${module} in ${stable_common_PYTHON_DIR}")
+    endif()
+  endforeach()
 
   # torch is headers and one library to link against. It is not imported: that would need its CUDA
   # dependencies, which a build has no use for.
@@ -145,4 +160,11 @@ function(stable_common_add_extension name)
     PRIVATE "${torch_root}/lib/libtorch.so" libcudart_static.a rt pthread dl
   )
   install(TARGETS ${target} LIBRARY DESTINATION "${arg_DESTINATION}")
+  foreach(module IN LISTS arg_PYTHON_MODULES)
+    install(
+      FILES "${stable_common_PYTHON_DIR}/${module}.py"
+      DESTINATION "${arg_DESTINATION}"
+      RENAME "_${module}.py"
+    )
+  endforeach()
 endfunction()

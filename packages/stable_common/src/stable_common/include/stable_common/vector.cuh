@@ -60,4 +60,37 @@ struct Packed2<__half> {
   }
 };
 
+// The fp32 values of a vector of 16 bytes, and back, rounded once.
+template <typename Element>
+struct VectorValues {
+  static constexpr int kCount = 16 / sizeof(Element);
+
+  static __device__ __forceinline__ void unpack(uint4 v, float (&values)[kCount]) {
+    const uint32_t words[] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(Element) == 4) {
+        values[i] = __uint_as_float(words[i]);
+      } else {
+        const float2 pair = Packed2<Element>::unpack(words[i]);
+        values[2 * i] = pair.x;
+        values[2 * i + 1] = pair.y;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ uint4 pack(const float (&values)[kCount]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(Element) == 4) {
+        words[i] = __float_as_uint(values[i]);
+      } else {
+        words[i] = Packed2<Element>::pack(make_float2(values[2 * i], values[2 * i + 1]));
+      }
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
 }  // namespace stable_common

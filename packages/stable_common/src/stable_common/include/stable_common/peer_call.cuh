@@ -1,0 +1,266 @@
+// The device side of calls that several ranks make together: memory that peers write, the numbering
+// of calls, and how a rank that waits in vain stops.
+//
+// `Params` is what a kernel was launched with, and must have:
+//   using Header = CallHeader<...>;
+//   Header* header(int rank) const;  of every rank below Header::kMaxRanks; null if there is none
+//   int rank;                        this one
+//   uint64_t descriptor;             of the call, without its number
+//   uint64_t timeout_ns;
+//   FailureRecord* failure_record;   as the device maps it
+#pragma once
+
+#include <cstdint>
+
+#include "stable_common/peer_call.h"
+
+namespace stable_common {
+
+// Memory that other GPUs write or read. Relaxed at system scope: no cache that a peer cannot reach
+// answers, and each word arrives whole.
+__device__ __forceinline__ uint4 load_shared_vector(const void* address) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared_vector(void* address, uint4 v) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint64_t load_shared(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared(uint64_t* address, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
+
+template <typename Params>
+__device__ __forceinline__ uint64_t load_header_word(const uint64_t* address) {
+  return Params::Header::from_stored(load_shared(address));
+}
+
+template <typename Params>
+__device__ __forceinline__ void store_header_word(uint64_t* address, uint64_t value) {
+  store_shared(address, Params::Header::to_stored(value));
+}
+
+template <typename Params>
+__device__ __forceinline__ uint64_t descriptor_of(const Params& params, uint32_t call) {
+  return params.descriptor | static_cast<uint64_t>(call) << kDescriptorCallShift;
+}
+
+// Records a failure, once for all threads and calls, here, for the host and at the peers. `detail`
+// is what the kind's field of FailureRecord holds.
+template <typename Params>
+__device__ __noinline__ void fail(const Params& params, FailureKind kind, uint32_t ranks,
+                                  uint32_t call, uint64_t detail) {
+  using Header = typename Params::Header;
+  Header* own = params.header(params.rank);
+  const uint64_t failure = pack_failure(kind, ranks, call);
+  const unsigned long long none = Header::to_stored(0);
+  if (atomicCAS(reinterpret_cast<unsigned long long*>(&own->failure), none,
+                Header::to_stored(failure)) != none) {
+    return;
+  }
+  FailureRecord* record = params.failure_record;
+  store_shared(&record->own_descriptor, descriptor_of(params, call));
+  store_shared(kind == FailureKind::kPeerGaveUp     ? &record->peer_failure
+               : kind == FailureKind::kOverCapacity ? &record->capacity
+                                                    : &record->peer_descriptor,
+               detail);
+  __threadfence_system();
+  store_shared(&record->failure, failure);
+  // A peer's failure is passed on as it is, so that every rank learns what happened first.
+  const uint64_t told = kind == FailureKind::kPeerGaveUp ? detail : failure;
+#pragma unroll 1
+  for (int r = 0; r < Header::kMaxRanks; ++r) {
+    Header* peer = r != params.rank ? params.header(r) : nullptr;
+    if (peer != nullptr) store_header_word<Params>(&peer->failures[params.rank], told);
+  }
+}
+
+// What a thread that has waited for a while does: returns the time to wait until, or zero to stop.
+// The first time, when `deadline` is zero, that is `timeout` nanoseconds from now.
+template <typename Params>
+__device__ __noinline__ uint64_t check_wait(const Params& params, uint32_t call, uint32_t absent,
+                                            uint64_t timeout, uint64_t deadline) {
+  constexpr uint64_t kStop = 0;
+  constexpr uint64_t kLastLook = 1;  // a time that has passed
+  using Header = typename Params::Header;
+  const Header* own = params.header(params.rank);
+  if (load_header_word<Params>(&own->failure) != 0) return kStop;
+  uint32_t missing = 0;
+  uint32_t closed = 0;
+#pragma unroll 1
+  for (int r = 0; r < Header::kMaxRanks; ++r) {
+    if (r == params.rank || params.header(r) == nullptr) continue;
+    if (const uint64_t failure = load_header_word<Params>(&own->failures[r])) {
+      fail(params, FailureKind::kPeerGaveUp, 1u << r, call, failure);
+      return kStop;
+    }
+    const uint64_t announced = load_header_word<Params>(&own->descriptors[call % 2][r]);
+    if (((announced ^ descriptor_of(params, call)) & kDescriptorCallMask) != 0) missing |= 1u << r;
+    if (load_header_word<Params>(&own->closed[r]) != 0) closed |= 1u << r;
+  }
+  closed &= missing;
+  if (closed != 0) {
+    // What it sent before it closed is there by now.
+    if (deadline != kLastLook) return kLastLook;
+    fail(params, FailureKind::kPeerClosed, closed, call, 0);
+    return kStop;
+  }
+  const uint64_t now = nanoseconds();
+  if (deadline == 0) return now + timeout;
+  if (now < deadline) return deadline;
+  // Those that have not begun this call are to be named; else those that stopped in its middle.
+  fail(params, FailureKind::kTimeout, missing != 0 ? missing : absent, call, 0);
+  return kStop;
+}
+
+constexpr uint32_t kLooksPerCheck = 64;  // some 30 us
+
+// Bounds a wait. A thread that finds nothing to have arrived asks keep_waiting() before it looks
+// again.
+template <typename Params>
+class Patience {
+ public:
+  __device__ Patience(const Params& params, uint32_t call, uint64_t timeout)
+      : params_(params), timeout_(timeout), call_(call) {}
+
+  // `absent` is the ranks whose data this thread lacks.
+  __device__ __forceinline__ bool keep_waiting(uint32_t absent) {
+    if (++looks_ % kLooksPerCheck != 0) return true;
+    deadline_ = check_wait(params_, call_, absent, timeout_, deadline_);
+    return deadline_ != 0;
+  }
+
+  // The same for a warp that waits as one: all of its lanes call this, and get one answer.
+  __device__ __forceinline__ bool warp_keeps_waiting(uint32_t absent) {
+    if (++looks_ % kLooksPerCheck != 0) return true;
+    constexpr uint32_t kAllLanes = 0xffffffffu;
+    if (threadIdx.x % 32 == 0) {
+      deadline_ = check_wait(params_, call_, absent, timeout_, deadline_);
+    }
+    deadline_ = __shfl_sync(kAllLanes, static_cast<unsigned long long>(deadline_), 0);
+    return deadline_ != 0;
+  }
+
+ private:
+  const Params& params_;
+  uint64_t timeout_;
+  uint64_t deadline_ = 0;
+  uint32_t call_;
+  uint32_t looks_ = 0;
+};
+
+// This block's part of one call, in the units of CallHeader::begun.
+__device__ __forceinline__ unsigned long long block_part() {
+  constexpr unsigned long long kCall = 1ull << 32;
+  const unsigned long long part = kCall / gridDim.x;
+  return blockIdx.x == 0 ? kCall - part * (gridDim.x - 1) : part;
+}
+
+// The failures that this rank knows of: its own, and what a peer met that then does not take part
+// any more. By the first warp of a block, each lane of which reads its own peer's.
+template <typename Params>
+struct Failures {
+  uint64_t own;
+  uint64_t peer;
+
+  __device__ explicit Failures(const Params& params) {
+    const auto* header = params.header(params.rank);
+    own = load_header_word<Params>(&header->failure);
+    peer = threadIdx.x < Params::Header::kMaxRanks
+               ? load_header_word<Params>(&header->failures[threadIdx.x])
+               : 0;
+  }
+
+  // Takes over a peer's. Returns whether there is any.
+  __device__ bool adopt(const Params& params, uint32_t call) const {
+    if (peer != 0) fail(params, FailureKind::kPeerGaveUp, 1u << threadIdx.x, call, peer);
+    return own != 0 || peer != 0;
+  }
+};
+
+// What a block knows of the call it is part of.
+struct PeerCall {
+  uint32_t number;
+  bool has_failed;  // before it began
+};
+
+// Numbers the call. Every thread of the block calls this, before wait_for_previous_grid(): the
+// blocks of earlier calls have done so before they allowed this grid to start.
+template <typename Params>
+__device__ __forceinline__ PeerCall begin_call(const Params& params) {
+  __shared__ PeerCall call;
+  if (threadIdx.x < 32) {
+    const Failures<Params> failures(params);
+    uint32_t number = 0;
+    if (threadIdx.x == 0) {
+      auto* own = params.header(params.rank);
+      const unsigned long long begun =
+          atomicAdd(reinterpret_cast<unsigned long long*>(&own->begun), block_part());
+      number = static_cast<uint32_t>(Params::Header::from_stored(begun) >> 32) + 1;
+    }
+    number = __shfl_sync(0xffffffffu, number, 0);
+    const bool has_failed = __any_sync(0xffffffffu, failures.adopt(params, number));
+    if (threadIdx.x == 0) call = {number, has_failed};
+  }
+  __syncthreads();
+  return call;
+}
+
+// Tells `peer` what this call is. By one thread for each peer, after wait_for_previous_grid().
+template <typename Params>
+__device__ __forceinline__ void announce_call(const Params& params,
+                                              typename Params::Header* peer_header, uint32_t call) {
+  store_header_word<Params>(&peer_header->descriptors[call % 2][params.rank],
+                            descriptor_of(params, call));
+}
+
+// Takes the call's number for this grid. That it is taken, or that the call before has not
+// completed, means that two grids run at once; what is read here is looked at later, in is_alone().
+// (Other blocks may have completed their parts of this call.) By one thread of a grid.
+struct Claim {
+  uint32_t completed;
+  uint32_t claimed;
+
+  template <typename Params>
+  static __device__ __forceinline__ Claim take(typename Params::Header* own, uint32_t call) {
+    const uint64_t completed = load_header_word<Params>(&own->completed);
+    const uint64_t claimed = Params::Header::from_stored(
+        atomicCAS(reinterpret_cast<unsigned long long*>(&own->claimed),
+                  static_cast<unsigned long long>(Params::Header::to_stored(call - 1)),
+                  static_cast<unsigned long long>(Params::Header::to_stored(call))));
+    return {static_cast<uint32_t>(completed >> 32), static_cast<uint32_t>(claimed)};
+  }
+  // What a thread holds that takes none.
+  static __device__ __forceinline__ Claim none(uint32_t call) { return {call - 1, call - 1}; }
+
+  __device__ __forceinline__ bool is_alone(uint32_t call) const {
+    return completed == call - 1 && claimed == call - 1;
+  }
+};
+
+// Counts this block's part of the call as completed. By one thread, after all of the block's.
+template <typename Params>
+__device__ __forceinline__ void end_call(typename Params::Header* own) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(&own->completed), block_part());
+}
+
+}  // namespace stable_common

@@ -1,0 +1,479 @@
+"""What the ranks of a process group do together to share device memory, and to part again.
+
+A kernel package has this file as its own module ``_peer_group``, which CMake installs there
+(``stable_common_add_extension(... PYTHON_MODULES peer_group)``): where a wheel runs, stable_common
+need not be installed. Throughout, ``owner`` is the class that the ranks make one of each, such as
+``custom_ar.Communicator``: errors begin with it, and its package names the logger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT = 30.0
+# Bounds what a set-up waits for peers' writes, whatever the caller's timeout: at its first launch a
+# rank loads its kernels, which may take longer than a short timeout of the caller's.
+PROBE_SECONDS = 10.0
+
+_CLOSE_SECONDS = 5.0
+_MAX_TIMEOUT = 1e9
+
+
+class StepFailed(Exception):
+    """A step of setting up failed on some rank, which all ranks know."""
+
+
+class Memory(Protocol):
+    """What a rank holds on its device for its peers: its own buffer and theirs, and more."""
+
+    def allocate(self, num_bytes: int) -> Any:
+        """Allocate the own buffer; return what the peers need to map it."""
+
+    def open(self, handles: Sequence[Any]) -> None:
+        """Map the peers' buffers and make what works on them. ``handles``: of all ranks."""
+
+    def close_mappings(self) -> list[str]:
+        """End that, and unmap the peers' buffers; return what went wrong."""
+
+    def free(self) -> list[str]:
+        """Free the own buffer; return what went wrong."""
+
+
+class PeerGroup:
+    """The ranks of a process group, which set up together what they share.
+
+    Whatever fails on one rank, all ranks make the same collective calls: each step ends with an
+    exchange of its results, by which all decide alike.
+    """
+
+    def __init__(self, owner: str, group: object) -> None:
+        """Take the group, or the default one for None.
+
+        Raises:
+            ValueError: there is no such group, this process is not in it, or objects cannot be
+                exchanged over it.
+        """
+        self.group = checked_group(owner, group)
+        self.rank = dist.get_rank(self.group)
+        self.size = dist.get_world_size(self.group)
+        self._owner = owner
+        self._package = owner.partition(".")[0]
+        self._logger = logging.getLogger(self._package)
+
+    def exchange_facts(self, facts: Facts | None, argument_error: str | None) -> list[Facts]:
+        """Exchange what the ranks start from; one that has bad arguments has ``argument_error``.
+
+        Raises:
+            ValueError: on every rank, if an argument is bad on any.
+        """
+        gathered: list[Any] = [(facts, argument_error)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(gathered, (facts, argument_error), group=self.group)
+        if argument_error is not None:
+            raise ValueError(f"{self._owner}: {argument_error}")
+        for rank, (_, error) in enumerate(gathered):
+            if error is not None:
+                raise ValueError(f"{self._owner}: on rank {rank}, {error}")
+        return [facts for facts, _ in gathered]
+
+    def step(self, what: str, function: Callable[[], T]) -> list[T]:
+        """Run a step on this rank and exchange the results; raise StepFailed on all if any did."""
+        value: T | None = None
+        error = None
+        try:
+            value = function()
+        except Exception as exception:
+            error = first_line(exception)
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, (value, error), group=self.group)
+        for rank, (_, text) in enumerate(gathered):
+            if text is not None:
+                raise StepFailed(f"rank {rank} could not {what}: {text}")
+        return [value for value, _ in gathered]
+
+    def set_up(
+        self,
+        memory: Memory,
+        num_bytes: int,
+        *,
+        check_access: Callable[[], None],
+        probe: Callable[[], None],
+    ) -> str | None:
+        """Share ``num_bytes`` of each rank with its peers and try them.
+
+        Args:
+            memory: of this rank; holds nothing afterwards if anything failed.
+            num_bytes: of the own buffer.
+            check_access: raises if it is known that a peer's memory is out of reach.
+            probe: raises unless what the peers write arrives.
+
+        Returns:
+            None, or what failed on whichever rank; the same text on all.
+        """
+        try:
+            self.step("use its peers' memory", check_access)
+            handles = self.step("allocate shared memory", lambda: memory.allocate(num_bytes))
+            self.step("map its peers' memory", lambda: memory.open(handles))
+            self.step("verify its peers' writes", probe)
+        except StepFailed as failure:
+            # No one frees memory that a peer still maps.
+            with contextlib.suppress(StepFailed):
+                self.step("close its mappings", memory.close_mappings)
+            memory.free()
+            return str(failure)
+        except BaseException:
+            # The group itself failed, so there is no one to agree with.
+            memory.close_mappings()
+            memory.free()
+            raise
+        return None
+
+    def log_fallback(self, reason: str, facts: Sequence[Facts]) -> None:
+        """Log that all calls go to ``torch.distributed``, and why."""
+        # All ranks on the CPU: whoever does that means it.
+        is_expected = all(fact.device == "cpu" for fact in facts)
+        self._logger.log(
+            logging.INFO if is_expected else logging.WARNING,
+            "%s: rank %d of %d: all calls go to torch.distributed (%s): %s",
+            self._package,
+            self.rank,
+            self.size,
+            dist.get_backend_config(self.group),
+            reason,
+        )
+
+    def part(
+        self,
+        *,
+        announce: Callable[[], None],
+        open_peers: Callable[[], Sequence[int]],
+        missing_ranks: Sequence[int],
+        timeout: float,
+    ) -> None:
+        """Let the peers know that this rank writes no more, and wait for the same from them.
+
+        Waits for at most 5 seconds or ``timeout``, and not for ``missing_ranks``. What fails is
+        logged.
+
+        Args:
+            announce: tells the peers.
+            open_peers: returns the peers that have not told so yet.
+            missing_ranks: the peers that did not take part in a call.
+            timeout: of the calls, in seconds.
+        """
+        try:
+            announce()
+            deadline = time.monotonic() + min(_CLOSE_SECONDS, timeout)
+            while True:
+                awaited = sorted(set(open_peers()) - set(missing_ranks))
+                if not awaited or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.001)
+        except RuntimeError as error:
+            self._log_close(str(error))
+            return
+        if awaited:
+            self._logger.warning(
+                "%s: rank %d of %d: closed without %s, which did not close in time",
+                self._package,
+                self.rank,
+                self.size,
+                ranks_text(awaited),
+            )
+
+    def release(self, memory: Memory) -> None:
+        """Give up all of the memory, once the peers have been parted from; failures are logged."""
+        for error in [*memory.close_mappings(), *memory.free()]:
+            self._log_close(error)
+
+    def _log_close(self, error: str) -> None:
+        self._logger.warning("%s: rank %d: close: %s", self._package, self.rank, error)
+
+
+class PeerBuffers:
+    """A buffer of this rank on its device, and those of its peers as this process maps them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int,
+        *,
+        allocate: Callable[[int], tuple[int, torch.Tensor]],
+        open: Callable[[torch.Tensor], int],
+        free: Callable[[int], None],
+    ) -> None:
+        """Take the package's operators; nothing is allocated yet.
+
+        Args:
+            device: where the own buffer is, and which the peers' are mapped on.
+            rank: of this process.
+            allocate: from bytes to an address and a handle, uint8 on the CPU.
+            open: from a peer's handle to an address.
+            free: frees what ``allocate`` returned, and unmaps what ``open`` did.
+        """
+        self._device = device
+        self._rank = rank
+        self._allocate = allocate
+        self._open = open
+        self._free = free
+        self._own: int | None = None
+        self._opened: list[int] = []
+
+    def allocate(self, num_bytes: int) -> list[int]:
+        """Allocate the own buffer and return the bytes of its handle."""
+        with torch.cuda.device(self._device):
+            self._own, handle = self._allocate(num_bytes)
+        result: list[int] = handle.tolist()
+        return result
+
+    def open(self, handles: Sequence[Sequence[int]]) -> list[int]:
+        """Map the buffers of the peers and return the addresses of all ranks' buffers."""
+        assert self._own is not None
+        addresses = []
+        with torch.cuda.device(self._device):
+            for rank, handle in enumerate(handles):
+                if rank == self._rank:
+                    addresses.append(self._own)
+                    continue
+                address = self._open(torch.tensor(handle, dtype=torch.uint8))
+                self._opened.append(address)
+                addresses.append(address)
+        return addresses
+
+    def hand_over_mappings(self) -> None:
+        """Leave it to others to unmap the buffers of the peers."""
+        self._opened.clear()
+
+    def close_mappings(self) -> list[str]:
+        """Unmap the buffers of the peers; return what went wrong."""
+        opened, self._opened = self._opened, []
+        return self.attempt([partial(self._free, address) for address in opened])
+
+    def free(self) -> list[str]:
+        """Free the own buffer; return what went wrong.
+
+        A peer that writes no more may still have it mapped. The driver keeps memory as long as
+        anyone maps it.
+        """
+        own, self._own = self._own, None
+        return [] if own is None else self.attempt([partial(self._free, own)])
+
+    def attempt(self, calls: Sequence[Callable[[], object]]) -> list[str]:
+        """Make all the calls with the device current; return what went wrong."""
+        errors = []
+        for call in calls:
+            try:
+                with torch.cuda.device(self._device):
+                    call()
+            except RuntimeError as error:
+                errors.append(str(error))
+        return errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a rank tells the others before anything is allocated."""
+
+    version: str
+    max_size: int  # of a call, in what the package counts
+    host_name: str
+    host_id: str
+    device: str  # its type
+    device_name: str = ""
+    device_uuid: str = ""
+    capability: tuple[int, int] = (0, 0)
+    problem: str | None = None  # with the device
+
+    @staticmethod
+    def of_this_process(
+        version: str, max_size: int, host: tuple[str, str], device: torch.device
+    ) -> Facts:
+        """Ask for the rest. ``host`` is what :func:`host` returned."""
+        facts = Facts(version, max_size, *host, device.type)
+        if device.type != "cuda":
+            return facts
+        if not torch.cuda.is_available():
+            return dataclasses.replace(facts, problem="CUDA is not available")
+        try:
+            properties = torch.cuda.get_device_properties(device)
+        except Exception as error:
+            return dataclasses.replace(facts, problem=first_line(error))
+        return dataclasses.replace(
+            facts,
+            device_name=properties.name,
+            device_uuid=str(properties.uuid),
+            capability=(properties.major, properties.minor),
+        )
+
+
+def host() -> tuple[str, str]:
+    """The name of the host, and what tells it from every other: containers of one host share it."""
+    name = socket.gethostname()
+    try:
+        return name, Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return name, name
+
+
+def find_obstacle(
+    owner: str,
+    facts: Sequence[Facts],
+    *,
+    size_name: str,
+    max_ranks: int,
+    min_capability: tuple[int, int],
+) -> str | None:
+    """What keeps the kernels from serving a group of such ranks; None if nothing is known to.
+
+    Args:
+        owner: for errors.
+        facts: of all ranks.
+        size_name: the argument that :attr:`Facts.max_size` is, for errors.
+        max_ranks: that the kernels serve.
+        min_capability: that the kernels need.
+
+    Raises:
+        ValueError: the sizes differ.
+        RuntimeError: the versions differ.
+    """
+    distribution = owner.partition(".")[0].replace("_", "-")
+    for rank, fact in enumerate(facts):
+        if fact.version != facts[0].version:
+            raise RuntimeError(
+                f"{owner}: all ranks must have the same version of {distribution}, got "
+                f"{facts[0].version} on rank 0 and {fact.version} on rank {rank}"
+            )
+    for rank, fact in enumerate(facts):
+        if fact.max_size != facts[0].max_size:
+            raise ValueError(
+                f"{owner}: {size_name} must be the same on all ranks, got "
+                f"{facts[0].max_size} on rank 0 and {fact.max_size} on rank {rank}"
+            )
+    if len(facts) > max_ranks:
+        return f"the kernels serve at most {max_ranks} ranks, and the group has {len(facts)}"
+    hosts: dict[str, list[int]] = {}
+    for rank, fact in enumerate(facts):
+        hosts.setdefault(fact.host_id, []).append(rank)
+    if len(hosts) > 1:
+        places = [f"{ranks_text(on)} on {facts[on[0]].host_name}" for on in hosts.values()]
+        return f"the group spans hosts: {', '.join(places)}"
+    for type_ in sorted({fact.device for fact in facts} - {"cuda"}):
+        ranks = [rank for rank, fact in enumerate(facts) if fact.device == type_]
+        return f"the kernels are for CUDA, and the device of {ranks_text(ranks)} is {type_}"
+    for rank, fact in enumerate(facts):
+        if fact.problem is not None:
+            return f"rank {rank} cannot use its device: {fact.problem}"
+        if fact.capability < min_capability:
+            least, actual = (".".join(map(str, pair)) for pair in (min_capability, fact.capability))
+            return (
+                f"the kernels need compute capability {least} or later, and the {fact.device_name} "
+                f"of rank {rank} has {actual}"
+            )
+    return None
+
+
+def check_peer_access(facts: Sequence[Facts], rank: int) -> None:
+    """Raise if a peer's device is known to be out of reach.
+
+    A device that this process does not see is found out about by mapping its memory.
+    """
+    indices = {
+        str(torch.cuda.get_device_properties(index).uuid): index
+        for index in range(torch.cuda.device_count())
+    }
+    own = indices.get(facts[rank].device_uuid)
+    for peer, fact in enumerate(facts):
+        index = indices.get(fact.device_uuid)
+        if own is None or index is None or index == own:
+            continue
+        if not torch.cuda.can_device_access_peer(own, index):
+            raise RuntimeError(f"no peer access to the device of rank {peer}, cuda:{index}")
+
+
+def backend_devices(group: dist.ProcessGroup) -> set[str]:
+    """The types of the devices whose tensors the group exchanges, such as ``cpu``."""
+    return {part.partition(":")[0] for part in dist.get_backend_config(group).split(",")}
+
+
+def checked_group(owner: str, group: object) -> dist.ProcessGroup:
+    """The group, or the default one; ValueError unless objects can be exchanged over it."""
+    if group is None:
+        if not dist.is_initialized():
+            raise ValueError(
+                f"{owner}: group must be a process group, got None and there is no "
+                "default group; call torch.distributed.init_process_group first"
+            )
+        group = dist.group.WORLD
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        # What new_group returned to a process that it left out.
+        group = "one that this process is not in"
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"{owner}: group must be a process group, got {group}")
+    if "cpu" not in backend_devices(group):
+        raise ValueError(
+            f"{owner}: group must have a CPU backend, to exchange handles, got "
+            f"{dist.get_backend_config(group)!r}; make it with the backend 'gloo' or "
+            "'cpu:gloo,cuda:nccl'"
+        )
+    return group
+
+
+def checked_device(device: torch.device | str | int | None) -> torch.device:
+    """The device, with its index if it is a CUDA device here; ValueError if there is none such."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        result = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device, got {device!r}") from error
+    if result.type != "cuda" or not torch.cuda.is_available():
+        return result
+    index: Any = result.index  # None for "cuda", whatever its annotation says
+    if index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one of {torch.cuda.device_count()} CUDA devices, got {result}"
+        )
+    return result
+
+
+def checked_timeout(timeout: float | None, variable: str) -> float:
+    """The timeout, or what the environment variable says, or 30; ValueError if it is none."""
+    name = "timeout"
+    value: object = timeout
+    if timeout is None:
+        name = variable
+        value = os.environ.get(variable) or DEFAULT_TIMEOUT
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds < _MAX_TIMEOUT:
+        raise ValueError(f"{name} must be a positive number of seconds below 1e9, got {value!r}")
+    return seconds
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """``rank 1``, or ``ranks 1, 3``."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
