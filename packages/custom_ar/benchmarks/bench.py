@@ -13,16 +13,9 @@ above 1 is faster than the peer.
 from __future__ import annotations
 
 import argparse
-import gc
-import hashlib
-import json
-import os
-import platform
-import socket
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,10 +26,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 import custom_ar
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from bench_ranks import (
+    CALLS_PER_GRAPH,
+    REPETITIONS,
+    TINY_COPY_BYTES,
+    WARM_UPS,
+    Timing,
+    World,
+    as_bytes,
+    describe_environment,
+    describe_error,
+    describe_package,
+    rotation,
+    same_bytes,
+    start_ranks,
+    summarize,
+    time_enqueue,
+    time_node,
+    time_passes,
+    torch_dtype,
+    write_result,
+)
 from custom_ar import reference
 from custom_ar._library import LIBRARY_PATH
-from gpu_machine import driver_version, host_cpu
 from torch import Tensor
 
 METHOD = (
@@ -53,16 +65,9 @@ METHOD = (
     "of 4 KiB in chunks of 100 without waiting for the device, the kinds of call taking turns."
 )
 
-CALLS_PER_GRAPH = 20
 EAGER_CALLS = 100
-ROTATION_BYTES = 192 << 20
-REPETITIONS = 25
-WARM_UPS = 3
-# Long enough for the host to queue a barrier and a pass, about half a millisecond.
-BUSY_CYCLES = 1_000_000
 CEILING_COPY_BYTES = 256 << 20
 CEILING_COPIES = 10
-TINY_COPY_BYTES = 4096
 MAX_SIZE = 32 << 20
 # Of the largest sum: some roundings of bfloat16.
 PEER_TOLERANCE = 2.0**-5
@@ -99,15 +104,10 @@ class Case:
             return EAGER_CALLS
         return CALLS_PER_GRAPH * (5 if self.bytes <= 1 << 20 else 1)
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one call, over all passes."""
-
-    us: float
-    us_min: float
-    us_max: float
-    repetitions: int
+    @property
+    def sets(self) -> int:
+        """Inputs and outputs that the calls of a pass rotate through."""
+        return rotation(2 * self.bytes)
 
 
 # Reduces its first argument into its second, which may be the first.
@@ -140,13 +140,6 @@ class Contender:
         return list(zip(self.inputs.unbind(), self.outputs.unbind(), strict=True))
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """`bfloat16` as torch's dtype."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def all_cases(quick: bool = False) -> list[Case]:
     """bfloat16 out of place in graphs at every size, then the other kinds of call at fewer."""
     if quick:
@@ -159,24 +152,9 @@ def all_cases(quick: bool = False) -> list[Case]:
     ]
 
 
-def rotation(bytes_per_message: int) -> int:
-    """Return how many sets of inputs and outputs a pass has: a divisor of its calls, 2 at least."""
-    wanted = ROTATION_BYTES / (2 * bytes_per_message)
-    return next((sets for sets in (2, 4, 5, 10) if sets >= wanted), CALLS_PER_GRAPH)
-
-
 def link_bytes(bytes_per_message: int, world_size: int) -> float:
     """Return what each rank has to send: reduce-scatter and all-gather; of two ranks all."""
     return 2 * (world_size - 1) / world_size * bytes_per_message
-
-
-def summarize(us: Iterable[float]) -> Timing:
-    """Return median, minimum and maximum."""
-    ordered = sorted(us)
-    return Timing(
-        *(round(t, 4) for t in (statistics.median(ordered), ordered[0], ordered[-1])),
-        repetitions=len(ordered),
-    )
 
 
 def case_record(
@@ -194,7 +172,7 @@ def case_record(
         "gb_per_s": round(case.bytes / timing.us * 1e-3, 3),
         "floor_us": round(floor_us, 4),
         "floor_ratio": round(floor_us / timing.us, 4),
-        "sets": rotation(case.bytes),
+        "sets": case.sets,
         "calls_per_pass": case.calls,
         "peers": {
             name: None
@@ -242,10 +220,7 @@ def report_record(
 ) -> dict[str, Any]:
     """Return the whole JSON."""
     return {
-        "package": "custom_ar",
-        "version": custom_ar.__version__,
-        "library_sha256": hashlib.sha256(LIBRARY_PATH.read_bytes()).hexdigest(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **describe_package(custom_ar, LIBRARY_PATH),
         **environment,
         "method": METHOD,
         "ceilings": ceilings,
@@ -255,51 +230,12 @@ def report_record(
     }
 
 
-class World:
-    """This process among the ranks: its device, and how it meets the others."""
-
-    def __init__(self, rank: int, size: int, port: int) -> None:
-        self.rank = rank
-        self.size = size
-        self.device = torch.device("cuda", rank)
-        torch.cuda.set_device(self.device)
-        # One for all calls: a communicator orders its calls by events once it has seen two streams.
-        self.stream = torch.cuda.Stream()
-        torch.cuda.set_stream(self.stream)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl",
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=rank,
-            world_size=size,
-        )
-        group = dist.group.WORLD
-        assert group is not None
-        self.group: dist.ProcessGroup = group
-        self._token = torch.zeros(1, device=self.device)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in rank order."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def slowest(self, us: list[float]) -> Timing:
-        """Return the figures of the rank with the greatest median."""
-        return summarize(max(self.gather(us), key=statistics.median))
-
-    def align(self, stay_busy: bool) -> None:
-        """Queue what lets all devices go on at the same time, and maybe keeps them busy before."""
-        if stay_busy:
-            torch.cuda._sleep(BUSY_CYCLES)
-        dist.all_reduce(self._token)
-
-
 class Workload:
     """Random inputs of one case, and what their sums have to be."""
 
     def __init__(self, world: World, case: Case) -> None:
         self.world_size = world.size
-        self.sets = rotation(case.bytes)
+        self.sets = case.sets
         shape = (self.sets, case.num_elements)
         values = torch.randn(shape, dtype=torch_dtype(case.dtype), device=world.device)
         # Small enough that sums of sums, in place, stay finite.
@@ -348,7 +284,7 @@ class SymmetricMemory:
             self.buffer = buffer
         except Exception as caught:
             error = describe_error(caught)
-        self.error = first_error(world, error)
+        self.error = world.first_error(error)
 
     def peer_buffer(self, num_elements: int) -> Tensor | None:
         """The next rank's buffer as int32, if there is symmetric memory."""
@@ -410,73 +346,6 @@ class RawCommunicator:
         ops.free_shared_buffer(self.buffer)
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """View a dense tensor as bytes."""
-    return tensor.view(torch.uint8)
-
-
-def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Compare two dense tensors byte by byte, whatever NaNs they hold."""
-    return torch.equal(as_bytes(a), as_bytes(b))
-
-
-def describe_error(error: Exception) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-def first_error(world: World, error: str | None) -> str | None:
-    """Return the error of the lowest rank that has one: all ranks then do the same."""
-    return next((e for e in world.gather(error) if e is not None), None)
-
-
-def time_passes(
-    world: World,
-    call: Callable[[int], object],
-    sets: int,
-    calls: int,
-    eager: bool = False,
-    restore: Callable[[], object] = lambda: None,
-    repetitions: int = REPETITIONS,
-) -> list[float]:
-    """Return the microseconds of a call on this rank, of each pass of `calls`.
-
-    In CUDA graphs of 20 calls, or eager. `call(i)` gets i modulo `sets`; `restore` runs before each
-    pass. All ranks have to call this alike.
-    """
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Kernels are loaded at their first launch, which a capture does not allow.
-    call(0)
-    world.stream.synchronize()
-    graph = None
-    if not eager:
-        graph = torch.cuda.CUDAGraph()
-        # NCCL has threads that ask for events while this one captures.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for i in range(CALLS_PER_GRAPH):
-                call(i % sets)
-        finally:
-            graph.capture_end()
-    times = []
-    for repetition in range(-WARM_UPS, repetitions):
-        restore()
-        world.align(stay_busy=not eager)
-        begin.record(world.stream)
-        if graph is None:
-            for i in range(calls):
-                call(i % sets)
-        else:
-            for _ in range(calls // CALLS_PER_GRAPH):
-                graph.replay()
-        end.record(world.stream)
-        world.stream.synchronize()
-        if repetition >= 0:
-            times.append(begin.elapsed_time(end) * 1000 / calls)
-    return times
-
-
 def time_ours(
     world: World, workload: Workload, case: Case, communicator: custom_ar.Communicator
 ) -> Timing:
@@ -513,7 +382,7 @@ def time_peer(
         torch.cuda.synchronize()
     except Exception as caught:
         error = describe_error(caught)
-    if reason := first_error(world, error):
+    if reason := world.first_error(error):
         return reason
     us = workload.time(world, contender, case)
     expected = workload.expected(contender, case).float()
@@ -521,7 +390,7 @@ def time_peer(
     # A NaN is not less than anything.
     if not bool((difference <= PEER_TOLERANCE * expected.abs().max()).all()):
         error = f"off by {difference.max().item():.3g} from the reference"
-    return first_error(world, error) or world.slowest(us)
+    return world.first_error(error) or world.slowest(us)
 
 
 def time_peer_copy(both_ways: bool) -> Timing:
@@ -568,20 +437,6 @@ def time_peer_copy(both_ways: bool) -> Timing:
     return summarize(times)
 
 
-def time_node(world: World) -> Timing:
-    """Time the shortest node of a graph: a copy, by the driver or by a kernel."""
-    shape = (CALLS_PER_GRAPH, TINY_COPY_BYTES // 4)
-    source = torch.empty(shape, dtype=torch.int32, device=world.device).random_()
-    target = torch.empty_like(source)
-    copies: list[Callable[[int], object]] = [
-        lambda i: target[i].copy_(source[i]),
-        lambda i: torch.bitwise_or(source[i], 0, out=target[i]),
-    ]
-    calls = 5 * CALLS_PER_GRAPH
-    timings = [world.slowest(time_passes(world, copy, CALLS_PER_GRAPH, calls)) for copy in copies]
-    return min(timings, key=lambda timing: timing.us)
-
-
 def time_kernels(world: World, symmetric: SymmetricMemory) -> dict[str, Timing] | None:
     """Time kernels that reach into the next rank's memory, on all ranks at once."""
     peer = symmetric.peer_buffer(CEILING_COPY_BYTES // 4)
@@ -607,26 +462,6 @@ def measure_ceilings(world: World, symmetric: SymmetricMemory) -> dict[str, Any]
     return ceilings_record(alone, both, time_node(world), kernels)
 
 
-def time_enqueue(
-    calls: dict[str, Callable[[], object]], chunks: int = 50, calls_per_chunk: int = 100
-) -> dict[str, list[float]]:
-    """Time the host's side of calls, in chunks that the launch queue has room for.
-
-    The calls take turns, so that a host that gets faster or slower does so for all of them.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for chunk in range(-chunks // 2, chunks):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            begin = time.perf_counter_ns()
-            for _ in range(calls_per_chunk):
-                call()
-            if chunk >= 0:
-                times[name].append((time.perf_counter_ns() - begin) / calls_per_chunk * 1e-3)
-    torch.cuda.synchronize()
-    return times
-
-
 def time_host(world: World, communicator: custom_ar.Communicator) -> dict[str, Timing]:
     """Time the host's side of eager calls of 4 KiB in bfloat16, and of one of torch's own."""
     case = Case("bfloat16", 4 << 10)
@@ -647,40 +482,13 @@ def time_host(world: World, communicator: custom_ar.Communicator) -> dict[str, T
         "dist.all_reduce(x), NCCL": partial(dist.all_reduce, in_place),
         "torch.add(a, b, out=c)": partial(torch.add, x, x, out=torch.empty_like(x)),
     }
-    gc.disable()
-    try:
-        times = time_enqueue(calls)
-    finally:
-        gc.enable()
+    times = time_enqueue(calls)
     expected = reference.all_reduce(workload.all_inputs)[0]
     if not same_bytes(out, expected) or not same_bytes(raw_out, expected):
         raise RuntimeError("host time: a result differs from the reference")
     timings = {name: world.slowest(us) for name, us in times.items()}
     raw.close()
     return timings
-
-
-def describe_environment(world: World) -> dict[str, Any]:
-    """What the figures were measured on."""
-    properties = torch.cuda.get_device_properties(world.device)
-    return {
-        "gpu": properties.name,
-        "world_size": world.size,
-        "multiprocessors": properties.multi_processor_count,
-        "driver": driver_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        # 0 where the user or the machine keeps NCCL from NVLink multicast.
-        "nccl_nvls_enable": os.environ.get("NCCL_NVLS_ENABLE"),
-        "python": platform.python_version(),
-        "cpu": host_cpu(),
-    }
-
-
-def result_name(gpu: str, world_size: int) -> str:
-    """Name of the result's file: two of `NVIDIA H200` give `nvidia_h200_x2.json`."""
-    return f"{gpu.lower().replace(' ', '_')}_x{world_size}.json"
 
 
 def describe_bytes(count: int) -> str:
@@ -727,7 +535,7 @@ def measure(world: World, quick: bool) -> dict[str, Any]:
     environment = describe_environment(world)
     cases = all_cases(quick)
     torch.manual_seed(world.rank)
-    most_bytes = max(CEILING_COPY_BYTES, *(rotation(c.bytes) * c.bytes for c in cases))
+    most_bytes = max(CEILING_COPY_BYTES, *(c.sets * c.bytes for c in cases))
     symmetric = SymmetricMemory(world, most_bytes)
     ceilings = measure_ceilings(world, symmetric)
     say(
@@ -760,38 +568,8 @@ def run_rank(rank: int, world_size: int, port: int, output: Path, quick: bool) -
     world = World(rank, world_size, port)
     result = measure(world, quick)
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / result_name(result["gpu"], world_size)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        print(f"{path}: {time.monotonic() - begin:.0f} s, {peak:.1f} GB of device memory at most")
+        write_result(output, result, time.monotonic() - begin)
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start_ranks(run: Callable[..., None], world_size: int | None, *arguments: object) -> int:
-    """Call ``run(rank, world_size, port, *arguments)`` in a process for each GPU.
-
-    Returns:
-        An exit status: 1 when there are too few GPUs.
-    """
-    available = torch.cuda.device_count()
-    size = available if world_size is None else world_size
-    if not 2 <= size <= min(available, 8):
-        print(
-            f"{Path(sys.argv[0]).name} needs 2 to 8 CUDA devices; asked for {size} of {available}",
-            file=sys.stderr,
-        )
-        return 1
-    mp.spawn(run, args=(size, free_port(), *arguments), nprocs=size)
-    return 0
 
 
 def main() -> int:

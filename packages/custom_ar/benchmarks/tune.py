@@ -17,21 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
+
 import torch
 import torch.distributed as dist
-from bench import (
+from bench import MAX_SIZE, SIZES, Case, RawCommunicator, Workload, describe_bytes
+from bench_ranks import (
     CALLS_PER_GRAPH,
-    MAX_SIZE,
-    SIZES,
-    Case,
-    RawCommunicator,
     Timing,
-    Workload,
     World,
     as_bytes,
-    describe_bytes,
     describe_error,
-    first_error,
     result_name,
     same_bytes,
     start_ranks,
@@ -128,7 +124,7 @@ class Tuner:
             error = describe_error(caught)
         us: list[float] = []
         # No rank waits in a barrier for one that has given up.
-        if (reason := first_error(world, error)) is None:
+        if (reason := world.first_error(error)) is None:
             calls = CALLS_PER_GRAPH * (3 if self.case.bytes <= 1 << 20 else 1)
             sets = self.workload.sets
             try:
@@ -138,7 +134,7 @@ class Tuner:
                     error = "differs from the reference"
             except RuntimeError as caught:
                 error = describe_error(caught)
-            reason = first_error(world, error)
+            reason = world.first_error(error)
         if reason is None:
             return world.slowest(us)
         self.renew_communicator()

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from all_reduce_cases import DTYPES, assert_same_bits, differing, random_inputs
 from custom_ar import reference
-from ranks import Rank
+from rank_processes import Rank
 from torch import Tensor
 
 TIMEOUT = 30.0

@@ -18,7 +18,7 @@ import custom_ar
 import torch
 import torch.distributed as dist
 from custom_ar import communicator as module
-from ranks import Rank
+from rank_processes import Rank
 from torch import Tensor
 
 

@@ -15,52 +15,33 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
 import torch
 from all_reduce_cases import DTYPES, as_bits, differing, random_inputs, special_words
 from custom_ar import reference
-from ranks import LocalRanks
+from exact_tensors import exact_copy
+from local_ranks import LocalRanks
+from rank_streams import why_not_at_once
 from torch import Tensor
 
 SERIALISED = 3
 WORLD_SIZES = (2, 3)
 TUNINGS = (None, (0, 1, 64, 1), (0, 3, 96, 2), (1, 1, 64, 1), (1, 3, 96, 4))
 LENGTHS = (1, 2, 7, 8, 9, 63, 257, 1000)
-SLEEP_CYCLES = 200_000_000
 MISSING_ELEMENTS = 16
 
 
-class Overlong:
-    """The bytes of a CUDA tensor, and more bytes after them that are not there."""
-
-    def __init__(self, tensor: Tensor, num_bytes: int) -> None:
-        self.tensor = tensor
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def exact_copy(values: Tensor, offset: int = 0, missing: int = 0) -> Tensor:
+def place(values: Tensor, offset: int = 0, missing: int = 0) -> Tensor:
     """A CUDA copy that ends with its allocation, ``offset`` elements after its begin.
 
-    The allocation lacks the last ``missing`` elements. Copies bytes, so that no kernel runs.
+    The allocation lacks the last ``missing`` elements.
     """
-    padded = torch.cat([values.new_zeros(offset), values])
-    if missing:
-        present = padded[:-missing].contiguous().view(torch.uint8).cuda()
-        source = Overlong(present, padded.numel() * padded.element_size())
-        storage = torch.as_tensor(source, device="cuda").view(values.dtype)
-    else:
-        storage = padded.cuda()
-    return storage[offset:]
+    return exact_copy(torch.cat([values.new_zeros(offset), values]), missing)[offset:]
 
 
 def poison_like(values: Tensor) -> Tensor:
@@ -80,13 +61,13 @@ def run(
     """One all-reduce of CPU tensors, whose last rank is the one that lacks memory."""
     missing = [0] * (ranks.world_size - 1) + [MISSING_ELEMENTS]
     inputs = [
-        exact_copy(v, (offsets[0] + rank) % 8 if offsets[0] else 0, m if overrun == "inp" else 0)
+        place(v, (offsets[0] + rank) % 8 if offsets[0] else 0, m if overrun == "inp" else 0)
         for rank, (v, m) in enumerate(zip(values, missing, strict=True))
     ]
     outputs = inputs
     if not in_place:
         outputs = [
-            exact_copy(poison_like(v), offsets[1], m if overrun == "out" else 0)
+            place(poison_like(v), offsets[1], m if overrun == "out" else 0)
             for v, m in zip(values, missing, strict=True)
         ]
     torch.cuda.synchronize()
@@ -123,8 +104,8 @@ def run_all(generator: torch.Generator) -> Iterator[None]:
             with LocalRanks(world_size, timeout=1) as ranks:
                 values = random_inputs(world_size, 777, torch.float16, generator)
                 run(ranks, values, tuning)
-                inputs = [exact_copy(v) for v in values]
-                outputs = [exact_copy(v) for v in values]
+                inputs = [place(v) for v in values]
+                outputs = [place(v) for v in values]
                 ranks.launch(
                     lambda rank, i=inputs, o=outputs, t=tuning, r=ranks: r.call(
                         rank, i[rank], o[rank], t
@@ -138,30 +119,6 @@ def run_all(generator: torch.Generator) -> Iterator[None]:
                 yield
 
 
-def seconds_of_sleeps(streams: list[torch.cuda.Stream]) -> float:
-    torch.cuda.synchronize()
-    begin = time.monotonic()
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(SLEEP_CYCLES)
-    torch.cuda.synchronize()
-    return time.monotonic() - begin
-
-
-def check_concurrency() -> None:
-    """Exit unless as many kernels as there will be ranks take the time of one."""
-    streams = [torch.cuda.Stream() for _ in range(max(WORLD_SIZES))]
-    torch.cuda._sleep(1000)
-    alone = min(seconds_of_sleeps(streams[:1]) for _ in range(2))
-    together = min(seconds_of_sleeps(streams) for _ in range(2))
-    if together > 1.6 * alone:
-        print(
-            f"kernels of {len(streams)} streams do not run at once here: {together:.2f} s, "
-            f"one alone {alone:.2f} s"
-        )
-        sys.exit(SERIALISED)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrun", nargs="?", choices=("inp", "out"))
@@ -169,7 +126,9 @@ def main() -> None:
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         # torch would cut tensors out of larger allocations, where memcheck sees no overrun.
         sys.exit("sanitizer_driver.py: PYTORCH_NO_CUDA_MEMORY_CACHING must be 1")
-    check_concurrency()
+    if reason := why_not_at_once(max(WORLD_SIZES)):
+        print(reason)
+        sys.exit(SERIALISED)
     generator = torch.Generator().manual_seed(2026)
     if overrun is not None:
         values = random_inputs(2, 1000, torch.bfloat16, generator)

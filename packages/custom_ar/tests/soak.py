@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from all_reduce_cases import DTYPES
 from gpu_machine import driver_version
-from ranks import Died, Rank, cuda_devices, spawn_ranks
+from rank_processes import Died, Rank, cuda_devices, spawn_ranks
 from torch import Tensor
 
 MAX_EAGER = 1 << 23  # elements

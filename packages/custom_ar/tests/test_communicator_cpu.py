@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from custom_ar import communicator as module
-from ranks import RankProcesses
+from rank_processes import RankProcesses
 
 Run = Callable[..., list[Any]]
 # What torch makes of the backend "gloo".

@@ -30,7 +30,7 @@ from all_reduce_cases import (
     special_words,
 )
 from custom_ar import reference
-from ranks import LocalRanks
+from local_ranks import LocalRanks
 from torch import Tensor
 
 pytestmark = [
@@ -543,7 +543,7 @@ def test_disagreement(generator: torch.Generator, case: str, world_size: int) ->
                 rf"ranks disagree in call 3: rank {rank} reduces {texts(own)}[^,]*, "
                 rf"rank {last if rank != last else '[01]'} {texts(peer)}"
             )
-            gave_up = r"rank \d gave up in call 3, since ranks disagreed on what to reduce"
+            gave_up = r"rank \d gave up in call 3, since ranks disagreed on the call"
             assert re.search(rf"custom_ar::all_reduce: ({disagree}|{gave_up})", failure), failures
         assert any("ranks disagree" in failure for failure in failures)
         for output in outputs:
@@ -563,7 +563,7 @@ def test_disagreement_of_others(generator: torch.Generator) -> None:
         ranks.launch(call, ranks=[0, 1])
         torch.cuda.synchronize()
         ranks.launch(call, ranks=[2])
-        message = r"rank [01] gave up in call 2, since ranks disagreed on what to reduce"
+        message = r"rank [01] gave up in call 2, since ranks disagreed on the call"
         assert re.search(message, ranks.failure(2)), ranks.failures()
         assert outputs[2].isnan().all()
 

@@ -12,7 +12,7 @@ import all_reduce_workers as workers
 import custom_ar
 import pytest
 import torch
-from ranks import RankProcesses, cuda_devices
+from rank_processes import RankProcesses, cuda_devices
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 MAX_WORLD_SIZE = 8

@@ -13,7 +13,7 @@ from typing import Any
 import all_reduce_workers as workers
 import pytest
 import torch
-from ranks import Died, RankProcesses, cuda_devices, spawn_ranks
+from rank_processes import Died, RankProcesses, cuda_devices, spawn_ranks
 
 pytestmark = [
     pytest.mark.gpu,

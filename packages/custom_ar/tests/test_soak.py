@@ -10,7 +10,7 @@ import os
 import pytest
 import soak
 import torch
-from ranks import cuda_devices
+from rank_processes import cuda_devices
 
 CALLS = int(os.environ.get("CUSTOM_AR_SOAK_CALLS") or 20_000)
 # Ranks that share a GPU take turns on it: a call takes milliseconds.

@@ -1,4 +1,7 @@
-"""Runs the ranks of a test: as processes, or all of them in this process on one GPU."""
+"""Runs the ranks of a test, each a process of its own that joins a group of torch.distributed.
+
+The packages' tests and soaks import this; so do the processes, which get the path of the first.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import custom_ar  # noqa: F401  defines torch.ops.custom_ar
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 
-# The kernels of LocalRanks wait for each other, so each stream needs a hardware queue of its own.
-# CUDA reads this when it makes a context.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 # A host whose name does not resolve, as on an offline machine, has a loopback interface still.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -66,9 +65,10 @@ class Rank:
 def join_group(
     rank: int, world_size: int, device: torch.device, directory: Path, name: str, backend: str
 ) -> Rank:
+    """Make the default group of the ranks that call this, which meet in a file of this name."""
     dist.init_process_group(
         backend,
-        store=dist.FileStore(str(directory / name), world_size),
+        store=FileStore(str(directory / name), world_size),
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=GROUP_SECONDS),
@@ -113,6 +113,7 @@ def serve(
 
 @contextlib.contextmanager
 def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -142,9 +143,7 @@ class RankProcesses:
     ) -> None:
         self.world_size = world_size
         self.is_broken = False
-        self._directory = tempfile.TemporaryDirectory(
-            prefix="custom-ar-", ignore_cleanup_errors=True
-        )
+        self._directory = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
         context = multiprocessing.get_context("spawn")
@@ -266,134 +265,5 @@ def spawn_ranks(
 
 
 def cuda_devices() -> list[str]:
+    """The names of all CUDA devices."""
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-
-
-class LocalRanks:
-    """All ranks in this process on one GPU, each on a stream of its own, through the raw operators.
-
-    The kernels of all ranks must fit onto the GPU at the same time: ``fits`` tells which do. Where
-    calls are queued a second one of each rank may be there too; messages of 16 KiB leave room for
-    that. Allocate and compute what calls need before ``launch``: a kernel that waits for a peer
-    holds up what waits for the whole device, such as the first launch of any other kernel.
-    """
-
-    # Not less than a thread of any kernel takes, out of those of a multiprocessor.
-    _REGISTERS_PER_THREAD = 128
-    _REGISTERS = 1 << 16
-    _CONTROL_THREADS = 32  # of a block, that move no data
-
-    def __init__(
-        self,
-        world_size: int,
-        *,
-        max_size: int = 1 << 16,
-        buffer_bytes: int | None = None,
-        timeout: float = 20.0,
-    ) -> None:
-        self.ops = torch.ops.custom_ar
-        self.world_size = world_size
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.streams = [torch.cuda.Stream() for _ in range(world_size)]
-        if buffer_bytes is None:
-            buffer_bytes = self.ops._buffer_size(world_size, max_size)
-        self.buffers = [
-            self.ops.allocate_shared_buffer_and_handle(buffer_bytes)[0] for _ in range(world_size)
-        ]
-        rank_data = torch.empty(8, dtype=torch.uint8, device=self.device)
-        self.fas = [
-            self.ops.init_custom_ar(self.buffers, rank_data, rank, True)
-            for rank in range(world_size)
-        ]
-        for fa in self.fas:
-            self.ops._set_timeout(fa, timeout)
-
-    def fits(self, num_bytes: int) -> bool:
-        """Whether all ranks' kernels for a message find room at once, as they are tuned."""
-        _, num_blocks, threads, _ = self.ops._choose_tuning(self.world_size, num_bytes)
-        threads += self._CONTROL_THREADS
-        per_multiprocessor = self._REGISTERS // (self._REGISTERS_PER_THREAD * threads)
-        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return bool(self.world_size * num_blocks <= per_multiprocessor * multiprocessors)
-
-    def launch(self, call: Callable[[int], object], ranks: Sequence[int] | None = None) -> None:
-        """Let each rank ``call(rank)`` on its stream, between what the current stream has and gets.
-
-        Waits for nothing on the host.
-        """
-        current = torch.cuda.current_stream()
-        before = current.record_event()
-        for rank in range(self.world_size) if ranks is None else ranks:
-            self.streams[rank].wait_event(before)
-            with torch.cuda.stream(self.streams[rank]):
-                call(rank)
-        for stream in self.streams:
-            current.wait_stream(stream)
-
-    def call(
-        self,
-        rank: int,
-        inp: Tensor,
-        out: Tensor,
-        tuning: Sequence[int] | None = None,
-    ) -> None:
-        """One rank's call on the current stream.
-
-        ``tuning`` is algorithm, number of blocks, threads per block and depth.
-        """
-        if tuning is None:
-            self.ops.all_reduce(self.fas[rank], inp, out, 0, 0)
-        else:
-            self.ops._all_reduce_as(self.fas[rank], inp, out, *tuning)
-
-    def all_reduce(
-        self,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        tuning: Sequence[int] | None = None,
-    ) -> None:
-        self.launch(lambda rank: self.call(rank, inputs[rank], outputs[rank], tuning))
-
-    def capture(self, call: Callable[[int], object]) -> list[torch.cuda.CUDAGraph]:
-        """Each rank's ``call(rank)`` as a graph."""
-        graphs = [torch.cuda.CUDAGraph() for _ in range(self.world_size)]
-        torch.cuda.synchronize()
-        for rank, graph in enumerate(graphs):
-            # torch.cuda.graph would collect garbage each time.
-            with torch.cuda.stream(self.streams[rank]):
-                graph.capture_begin()
-                try:
-                    call(rank)
-                finally:
-                    graph.capture_end()
-        return graphs
-
-    def replay(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
-        self.launch(lambda rank: graphs[rank].replay())
-
-    def failure(self, rank: int) -> str:
-        """What the rank's next call would raise, empty if nothing."""
-        torch.cuda.synchronize()
-        try:
-            self.ops._check(self.fas[rank])
-        except RuntimeError as error:
-            return str(error)
-        return ""
-
-    def failures(self) -> list[str]:
-        return [self.failure(rank) for rank in range(self.world_size)]
-
-    def close(self) -> None:
-        for fa in self.fas:
-            self.ops._announce_close(fa)
-        for fa in self.fas:
-            self.ops.dispose(fa)
-        for pointer in self.buffers:
-            self.ops.free_shared_buffer(pointer)
-        self.fas, self.buffers = [], []
-
-    def __enter__(self) -> LocalRanks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
