@@ -11,10 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from bench_ranks import result_name, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 MLA = Path("packages", "deepseek_mla")
 AR = Path("packages", "custom_ar")
+RMS = Path("packages", "minimax_rms")
 
 
 # A package's benchmarks/report.py, as short as can be.
@@ -69,6 +71,11 @@ def ar_bench():
     yield from load_bench(AR)
 
 
+@pytest.fixture(scope="module")
+def rms_bench():
+    yield from load_bench(RMS)
+
+
 def markers(package: Path) -> str:
     return f"<!-- report:begin {package.name} -->\n<!-- report:end {package.name} -->\n"
 
@@ -114,19 +121,19 @@ def made_up_all_reduces(bench: ModuleType, world_size: int) -> dict[str, Any]:
     records = []
     for case in bench.all_cases():
         us = 2.5 + 1.15 * bench.link_bytes(case.bytes, world_size) / 400e3
-        timing = bench.summarize([us] * 3)
+        timing = summarize([us] * 3)
         peers = {
-            bench.NCCL: bench.summarize([3 * us]),
-            bench.ONE_SHOT: "not in place" if case.in_place else bench.summarize([2 * us]),
-            bench.TWO_SHOT: bench.summarize([1.25 * us]),
+            bench.NCCL: summarize([3 * us]),
+            bench.ONE_SHOT: "not in place" if case.in_place else summarize([2 * us]),
+            bench.TWO_SHOT: summarize([1.25 * us]),
         }
         records.append(bench.case_record(case, world_size, timing, peers, 400.0))
-    copy = bench.summarize([bench.CEILING_COPY_BYTES / 400e3])
-    host = {"Communicator.all_reduce(x)": bench.summarize([9.0, 10.0, 11.0])}
+    copy = summarize([bench.CEILING_COPY_BYTES / 400e3])
+    host = {"Communicator.all_reduce(x)": summarize([9.0, 10.0, 11.0])}
     environment = {"gpu": "Made-up GPU", "driver": "1.2", "torch": "2.11.0", "cpu": "CPU"}
     environment |= {"world_size": world_size, "nccl": "2.28.9"}
     kernels = {"push": copy, "pull": copy} if world_size == 2 else None
-    ceilings = bench.ceilings_record(copy, copy, bench.summarize([1.4]), kernels)
+    ceilings = bench.ceilings_record(copy, copy, summarize([1.4]), kernels)
     return bench.report_record(environment, ceilings, records, host)
 
 
@@ -134,10 +141,36 @@ def made_up_all_reduces(bench: ModuleType, world_size: int) -> dict[str, Any]:
 def ar_tree(ar_bench, tmp_path: Path) -> Path:
     """A repository with made-up results of custom_ar: on 2 GPUs, and on 3, which have no goals."""
     results = {
-        ar_bench.result_name("Made-up GPU", size): made_up_all_reduces(ar_bench, size)
-        for size in (2, 3)
+        result_name("Made-up GPU", size): made_up_all_reduces(ar_bench, size) for size in (2, 3)
     }
     return make_tree(tmp_path, AR, results)
+
+
+def made_up_norms(bench: ModuleType, ranks: int) -> dict[str, Any]:
+    """A result of minimax_rms's: 2.5 µs and 1.1 of the floor of memory that moves 4 TB/s."""
+    records = []
+    for case in bench.all_cases(ranks):
+        us = 2.5 + 1.1 * case.bytes / 4e6
+        peers = {bench.NCCL: summarize([10 * us])}
+        if bench.has_compiled_peer(case):
+            peers[bench.COMPILED] = "no compiler" if case.tokens == 16 else summarize([8 * us])
+        timing, copy = summarize([us] * 3), summarize([0.75 * us])
+        records.append(bench.case_record(case, timing, copy, peers, 4.0))
+    copy = summarize([2 * bench.CEILING_COPY_BYTES / 4e6])
+    host = {"Workspace.allreduce_rms_qk": summarize([9.0, 10.0, 11.0])}
+    environment = {"gpu": "Made-up GPU", "driver": "1.2", "torch": "2.11.0", "cpu": "CPU"}
+    environment |= {"world_size": ranks, "nccl": "2.28.9"}
+    ceilings = bench.ceilings_record(copy, summarize([1.4]))
+    return bench.report_record(environment, ceilings, records, host)
+
+
+@pytest.fixture
+def rms_tree(rms_bench, tmp_path: Path) -> Path:
+    """A repository with made-up results of minimax_rms: on 2 GPUs, and on 8, without goals."""
+    results = {
+        result_name("Made-up GPU", ranks): made_up_norms(rms_bench, ranks) for ranks in (2, 8)
+    }
+    return make_tree(tmp_path, RMS, results)
 
 
 def test_report_is_fresh():
@@ -237,6 +270,41 @@ def test_each_world_size_has_its_section(ar_tree: Path):
     assert "| Communicator.all_reduce(x) | 10.00 | 9.00 |" in detail
 
 
+def test_norms_are_drawn_with_goals_and_references(rms_tree: Path):
+    pytest.importorskip("matplotlib", reason="drawing a plot needs matplotlib")
+    drawn = report(rms_tree)
+    assert drawn.returncode == 0, drawn.stderr
+    assert report(rms_tree, "--check").returncode == 0
+    plots = sorted(path.name for path in (rms_tree / RMS / "benchmarks" / "results").glob("*.svg"))
+    assert plots == ["made-up_gpu_x2.svg", "made-up_gpu_x8.svg"]
+
+    for readme in (rms_tree / RMS / "README.md", rms_tree / "README.md"):
+        of_2, of_8 = readme.read_text().split("8 × Made-up GPU, driver")
+        for text, plot in zip((of_2, of_8), plots, strict=True):
+            assert f"benchmarks/results/{plot})" in text
+            assert "minimax_rms 0.1.0 (library sha256 0123456789ab)" in " ".join(text.split())
+        assert "q and k of 3072 + 512 elements on each" in of_2
+        # 8192 rows of 3584 elements in and out at 4 TB/s, 1.1 of that and 2.5 µs.
+        row = next(line for line in of_2.splitlines() if line.startswith("| 8192 "))
+        assert "| 29.4 (0.84) |" in row
+        assert row.endswith("| 348 (10.00×) | 278 (8.00×) | 57 (1.64×) | 31, missed |")
+        assert "| 16 | 2.56 |" in of_2
+        # Nothing where there was no compiler.
+        assert "| 25.6 (10.00×) |  | 5.13 (2.00×) | 2.9, met |" in of_2
+        assert "3 of 6 goals are met. The closest of all peers is vLLM (elsewhere) at 2048" in of_2
+        assert "q and k of 768 + 128 elements on each" in of_8
+        assert "goal" not in of_8
+        assert "elsewhere: vLLM" not in of_8
+
+    detail = (rms_tree / RMS / "README.md").read_text()
+    flat = " ".join(detail.split())
+    assert "NCCL + PyTorch, compiled with bfloat16, q and k, 16 tokens (no compiler)." in flat
+    assert "| bfloat16, one tensor of 3072 | minimax_rms | 2.50 | 2.93 | 9.42 |" in detail
+    assert "| float32, q and k | minimax_rms |  | 3.51 | 18.6 |" in detail
+    assert "|  | copy |  | 2.63 (0.75×) | 14.0 (0.75×) |" in detail
+    assert "| Workspace.allreduce_rms_qk | 10.00 | 9.00 |" in detail
+
+
 def test_a_package_needs_nothing_but_its_own_report(tree: Path):
     pytest.importorskip("matplotlib", reason="drawing a plot needs matplotlib")
     other = tree / "packages" / "other"
@@ -286,12 +354,30 @@ def test_a_pass_rotates_through_more_than_the_l2(bench):
 
 def test_a_pass_calls_every_set_of_messages_alike(ar_bench):
     for case in ar_bench.all_cases() + ar_bench.all_cases(quick=True):
-        sets = ar_bench.rotation(case.bytes)
+        sets = case.sets
         assert sets >= 2
         assert ar_bench.CALLS_PER_GRAPH % sets == 0
         assert case.calls % sets == 0
         assert case.calls % ar_bench.CALLS_PER_GRAPH == 0
         assert case.bytes <= ar_bench.MAX_SIZE
+
+
+@pytest.mark.parametrize("ranks", range(1, 17))
+def test_a_pass_calls_every_set_of_rows_alike(rms_bench, ranks: int):
+    for case in rms_bench.all_cases(ranks) + rms_bench.all_cases(ranks, quick=True):
+        assert case.sets >= 2
+        assert rms_bench.CALLS_PER_GRAPH % case.sets == 0
+        assert case.calls % rms_bench.CALLS_PER_GRAPH == 0
+        assert 1 <= case.tokens <= rms_bench.MAX_TOKENS
+        # What the operators take: widths of whole vectors.
+        itemsize = rms_bench.torch_dtype(case.dtype).itemsize
+        assert all(width > 0 and width * itemsize % 16 == 0 for width in case.widths)
+
+
+def test_bytes_that_are_normalized(rms_bench):
+    assert rms_bench.Case(rms_bench.QK, 3, "bfloat16", 2).bytes == 3 * 2 * (6144 + 1024)
+    assert rms_bench.Case(rms_bench.QK, 1, "bfloat16", 4).row_width == (6144 + 2 * 1024) // 4
+    assert rms_bench.Case(rms_bench.SINGLE, 3, "float32", 4).bytes == 3 * 2 * 6144
 
 
 def test_bytes_that_a_rank_sends(ar_bench):

@@ -1,0 +1,54 @@
+#include "rms_norm.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "stable_common/launch.h"
+
+namespace minimax_rms {
+
+namespace launcher {
+
+// In rms_norm_launch.cuh; a file for each element instantiates it.
+template <typename Element>
+cudaError_t launch_for_team(const RmsNormParams& params, const RmsNormTuning& tuning,
+                            const stable_common::LaunchConfig& config);
+
+}  // namespace launcher
+
+uint64_t make_descriptor(int64_t num_tokens, bool has_k) {
+  return static_cast<uint64_t>(num_tokens) | (has_k ? kDescriptorHasK : 0);
+}
+
+cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,
+                            const RmsNormTuning& requested,
+                            const stable_common::DeviceProperties& device, cudaStream_t stream) {
+  constexpr int kWarpSize = 32;
+  RmsNormTuning tuning = requested;
+  if (params.num_ranks == 1 && tuning.warps_per_token < 4) {
+    // Alone, a row has nothing to wait for, and small teams no kernels.
+    tuning.warps_per_token = 4;
+    tuning.threads_per_block = 4 * kWarpSize;
+  }
+  const int warps = tuning.warps_per_token;
+  const int threads = tuning.threads_per_block;
+  const bool is_team = warps == 2 || warps == 4 || warps == 8;
+  if (tuning.num_blocks < 1 || threads < kWarpSize || threads % kWarpSize != 0 ||
+      threads > kMaxThreads || !(is_team ? threads == warps * kWarpSize : warps == 1)) {
+    return cudaErrorInvalidValue;
+  }
+  stable_common::LaunchConfig config;
+  config.stream = stream;
+  config.programmatic_dependent_launch = device.has_programmatic_dependent_launch();
+  switch (type) {
+    case ElementType::kFloat32:
+      return launcher::launch_for_team<float>(params, tuning, config);
+    case ElementType::kFloat16:
+      return launcher::launch_for_team<__half>(params, tuning, config);
+    case ElementType::kBFloat16:
+      return launcher::launch_for_team<__nv_bfloat16>(params, tuning, config);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace minimax_rms

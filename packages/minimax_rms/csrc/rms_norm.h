@@ -1,0 +1,110 @@
+// Launcher of the RMSNorm kernels. No torch header here or below.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "stable_common/device_properties.h"
+#include "stable_common/peer_call.h"
+
+namespace minimax_rms {
+
+constexpr int kMaxRanks = 16;
+constexpr int kVectorBytes = 16;
+constexpr int kMaxThreads = 512;
+
+enum class ElementType : uint32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+
+// A rank's communication buffer: three times `comm_size` bytes, filled with -0.0f by whoever
+// allocates it. -0.0f means that nothing has come: no sum of squares is one.
+//
+// It is used as a header and two slots, for even and for odd calls. A slot has a 64-bit word for
+// each token and rank: the sum of squares of q, and in the upper half that of k.
+constexpr uint64_t kEmptyWord = 0x8000000080000000u;
+using WorkspaceHeader = stable_common::CallHeader<kMaxRanks, kEmptyWord>;
+constexpr int64_t kHeaderBytes = 768;
+static_assert(sizeof(WorkspaceHeader) <= kHeaderBytes);
+
+constexpr int64_t slot_bytes_of(int64_t comm_size) {
+  constexpr int64_t kLineBytes = 128;
+  const int64_t bytes = (3 * comm_size - kHeaderBytes) / 2;
+  return bytes > 0 ? bytes / kLineBytes * kLineBytes : 0;
+}
+
+constexpr int64_t bytes_per_token(int num_ranks) {
+  return static_cast<int64_t>(sizeof(uint64_t)) * num_ranks;
+}
+
+// The tokens of the largest call. Never more than existing callers of the operators reckon with.
+constexpr int64_t capacity_of(int num_ranks, int64_t comm_size) {
+  const int64_t slot_bytes = slot_bytes_of(comm_size);
+  return (slot_bytes < comm_size ? slot_bytes : comm_size) / bytes_per_token(num_ranks);
+}
+
+// The least comm_size for calls of `max_tokens`, in whole lines.
+constexpr int64_t comm_size_for(int num_ranks, int64_t max_tokens) {
+  constexpr int64_t kLineBytes = 128;
+  // From kHeaderBytes + kLineBytes on, a slot is no smaller than comm_size.
+  const int64_t bytes = max_tokens * bytes_per_token(num_ranks);
+  const int64_t least = kHeaderBytes + 2 * kLineBytes;
+  return ((bytes < least ? least : bytes) + kLineBytes - 1) / kLineBytes * kLineBytes;
+}
+
+// What a call's descriptor says beside its number.
+constexpr int kDescriptorTokenBits = 36;
+constexpr uint64_t kDescriptorHasK = uint64_t{1} << kDescriptorTokenBits;
+
+// How a call is cut. All ranks must choose alike.
+struct RmsNormTuning {
+  int warps_per_token = 1;      // 1, 2, 4 or 8
+  int num_blocks = 1;           // each takes tokens in turn
+  int threads_per_block = 128;  // 32 * warps_per_token; any multiple of 32 if that is 1
+};
+
+// `row_vectors` is how many vectors q and k have together.
+RmsNormTuning choose_tuning(int64_t row_vectors, int num_ranks, int64_t num_tokens,
+                            int num_multiprocessors);
+
+struct RmsNormParams {
+  using Header = WorkspaceHeader;
+
+  // As existing callers build it: entries 2 * num_ranks ... 3 * num_ranks - 1 are the ranks'
+  // communication buffers as this process maps them, entry 3 * num_ranks + 1 the address of
+  // {0, comm_size}. Not read for a single rank.
+  const int64_t* workspace = nullptr;
+  stable_common::FailureRecord* failure_record = nullptr;  // as the device maps it
+  uint64_t timeout_ns = 0;
+  uint64_t descriptor = 0;  // make_descriptor()
+  int rank = 0;
+  int num_ranks = 1;
+
+  const void* input = nullptr;     // rows of q_vectors + k_vectors or more
+  int64_t input_stride_bytes = 0;  // between rows
+  const void* weight_q = nullptr;  // q_vectors
+  const void* weight_k = nullptr;  // k_vectors
+  void* output_q = nullptr;        // dense rows of q_vectors
+  void* output_k = nullptr;        // and of k_vectors
+  int64_t num_tokens = 0;
+  int q_vectors = 0;        // of kVectorBytes
+  int k_vectors = 0;        // 0: there is no k
+  float q_mean_factor = 0;  // 1 / (elements of q over all ranks)
+  float k_mean_factor = 0;
+  float eps = 0;
+
+  // Reads device memory.
+  __host__ __device__ Header* header(int r) const {
+    return r < num_ranks ? reinterpret_cast<Header*>(workspace[2 * num_ranks + r]) : nullptr;
+  }
+};
+
+uint64_t make_descriptor(int64_t num_tokens, bool has_k);
+
+// Launches one call of at least one token. Never blocks. Returns what the launch returned.
+cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,
+                            const RmsNormTuning& tuning,
+                            const stable_common::DeviceProperties& device, cudaStream_t stream);
+
+}  // namespace minimax_rms

@@ -1,0 +1,116 @@
+"""Typed entry points of the operators, for callers that have a workspace of their own.
+
+Each of ``nranks`` ranks holds a slice of the hidden dimension, of the same width on each. The
+operators, their names and their arguments are those of vLLM.
+
+``workspace`` is int64 ``[3 * nranks + 2]`` or longer, on the device of the input:
+
+* entries ``2 * nranks`` to ``3 * nranks - 1`` are the addresses of the ranks' communication buffers
+  as this process maps them, the own one among them: ``3 * comm_size`` bytes each, filled with
+  -0.0f (``0x80000000``);
+* entry ``3 * nranks`` is the address of int32 ``[3]`` zeros;
+* entry ``3 * nranks + 1`` is the address of int64 ``[2]``, ``{0, comm_size}``, on the device;
+* the entries below ``2 * nranks`` are not used.
+
+``comm_size`` bounds the tokens of a call: it is at least ``8 * nranks`` bytes a token, and at least
+``torch.ops.minimax_rms._comm_size(nranks, max_tokens)``. All of this must be complete on the device
+of every rank before the first call of any, and stay until no rank will call any more; what is in it
+is the kernels' from then on. One workspace serves all layers. With ``nranks = 1`` it is ignored.
+
+All ranks must make the same calls in the same order, with the same number of tokens. Only the sums
+of squares cross the link, and ranks' sums are added in the order of the ranks: all ranks have the
+same bits. Within a rank the order depends on the row's width alone, so a token's result does not
+depend on the batch that it is in. Calls run on the current stream, without synchronisation, and can
+be captured in CUDA graphs; those of one workspace on several streams run in the order in which they
+are made. On CPU tensors of a single rank :mod:`minimax_rms.reference` runs. No operator records
+gradients.
+
+An argument that is not as described raises ``RuntimeError`` naming operator, argument, expectation
+and what came, before anything is launched. What fails while ranks talk to each other (a rank that
+does not come within the timeout, ranks that disagree on the call, two calls at once on one rank)
+makes NaNs of what that call has not written yet and of the outputs of all later ones, and raises
+``RuntimeError`` at the next call. So does a call of more tokens than the workspace has room for,
+which exchanges nothing; with a workspace of :class:`minimax_rms.Workspace` it raises at once. Every
+wait is bounded, by ``MINIMAX_RMS_TIMEOUT`` seconds (environment variable), 30 by default.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_allreduce_rms = torch.ops.minimax_rms.minimax_allreduce_rms.default
+_allreduce_rms_qk = torch.ops.minimax_rms.minimax_allreduce_rms_qk.default
+
+
+def minimax_allreduce_rms(
+    input: Tensor, norm_weight: Tensor, workspace: Tensor, rank: int, nranks: int, eps: float
+) -> Tensor:
+    """Normalize rows by their root mean square over all ranks, and scale them.
+
+    ``input * rsqrt(sum over ranks of sum(input ** 2) / (D * nranks) + eps) * norm_weight``, in
+    float32 and rounded once.
+
+    Args:
+        input: ``[T, D]`` float32, float16 or bfloat16; ``D`` a multiple of 16 bytes, the same on
+            all ranks. Rows are dense, 16-byte aligned, and may be any distance apart.
+        norm_weight: ``[D]`` of the dtype of ``input``, contiguous, 16-byte aligned.
+        workspace: of this rank.
+        rank: of this process, in ``[0, nranks)``.
+        nranks: 1 to 16.
+        eps: added to the mean square before the square root, rounded to float32; at least 0.
+
+    Returns:
+        ``[T, D]`` of the dtype of ``input``, contiguous. ``T = 0`` is no call.
+
+    Raises:
+        RuntimeError: an argument is not as above; or an earlier call has failed, for good: which
+            rank did not take part, or on what ranks disagree.
+
+    Source: vLLM ``minimax_allreduce_rms``.
+    """
+    result: Tensor = _allreduce_rms(input, norm_weight, workspace, rank, nranks, eps)
+    return result
+
+
+def minimax_allreduce_rms_qk(
+    qkv: Tensor,
+    norm_weight_q: Tensor,
+    norm_weight_k: Tensor,
+    workspace: Tensor,
+    q_size: int,
+    kv_size: int,
+    rank: int,
+    nranks: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Normalize q and k of rows of q, k and v, each by its own root mean square over all ranks.
+
+    Each as by :func:`minimax_allreduce_rms`, in one launch; v is not read.
+
+    Args:
+        qkv: ``[T, q_size + 2 * kv_size]`` float32, float16 or bfloat16. Rows are dense, 16-byte
+            aligned, and may be any distance apart.
+        norm_weight_q: ``[q_size]`` of the dtype of ``qkv``, contiguous, 16-byte aligned.
+        norm_weight_k: ``[kv_size]``, likewise.
+        workspace: of this rank.
+        q_size: elements of q on a rank, the same on all; a multiple of 16 bytes.
+        kv_size: elements of k on a rank, and of v; a multiple of 16 bytes. May be 0.
+        rank: of this process, in ``[0, nranks)``.
+        nranks: 1 to 16.
+        eps: added to the mean squares before the square root, rounded to float32; at least 0.
+
+    Returns:
+        q ``[T, q_size]`` and k ``[T, kv_size]`` of the dtype of ``qkv``, contiguous. ``T = 0`` is
+        no call.
+
+    Raises:
+        RuntimeError: an argument is not as above; or an earlier call has failed, for good: which
+            rank did not take part, or on what ranks disagree.
+
+    Source: vLLM ``minimax_allreduce_rms_qk``.
+    """
+    q, k = _allreduce_rms_qk(
+        qkv, norm_weight_q, norm_weight_k, workspace, q_size, kv_size, rank, nranks, eps
+    )
+    return q, k

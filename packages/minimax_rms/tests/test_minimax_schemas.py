@@ -1,0 +1,331 @@
+"""The operators as torch sees them: schemas, dispatch keys, fakes, CPU kernels and tracing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import minimax_rms
+import pytest
+import torch
+import torch.distributed as dist
+from minimax_arithmetic import DTYPES, assert_rounded, exact, random_rows, random_weight
+from minimax_rms import ops
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+# Those of vLLM.
+SCHEMAS = {
+    "minimax_allreduce_rms": (
+        "(Tensor input, Tensor norm_weight, Tensor workspace, int rank, int nranks, float eps) -> "
+        "Tensor"
+    ),
+    "minimax_allreduce_rms_qk": (
+        "(Tensor qkv, Tensor norm_weight_q, Tensor norm_weight_k, Tensor workspace, int q_size, "
+        "int kv_size, int rank, int nranks, float eps) -> (Tensor, Tensor)"
+    ),
+}
+FUNCTIONAL = {
+    "functional_allreduce_rms": ("(Tensor x, Tensor weight, float eps, int workspace) -> Tensor"),
+    "functional_allreduce_rms_qk": (
+        "(Tensor qkv, Tensor weight_q, Tensor weight_k, float eps, int workspace) -> "
+        "(Tensor, Tensor)"
+    ),
+}
+PRIVATE = {
+    "_check_minimax_allreduce_rms",
+    "_check_minimax_allreduce_rms_qk",
+    "_choose_tuning",
+    "_comm_size",
+    "_max_tokens",
+    "_allocate",
+    "_open",
+    "_free",
+    "_register",
+    "_set_timeout",
+    "_check",
+    "_missing_ranks",
+    "_forget",
+    "_announce_close",
+    "_open_peers",
+}
+NO_WORKSPACE = torch.empty(0, dtype=torch.int64)
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.minimax_rms, name).default
+
+
+def dispatch_keys(name: str) -> list[str]:
+    return [
+        key
+        for key in ("CUDA", "CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"minimax_rms::{name}", key)
+    ]
+
+
+@pytest.fixture
+def alone() -> Iterator[minimax_rms.Workspace]:
+    """The workspace of a group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with minimax_rms.Workspace(None, 64, "cpu") as workspace:
+        yield workspace
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name: str) -> None:
+    assert str(overload(name)._schema) == f"minimax_rms::{name}{SCHEMAS[name]}"
+    assert dispatch_keys(name) == ["CUDA", "CPU"]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_checks_have_the_arguments_of_the_operator(name: str) -> None:
+    arguments = SCHEMAS[name].partition(" -> ")[0]
+    schema = str(overload(f"_check_{name}")._schema)
+    assert schema == f"minimax_rms::_check_{name}{arguments} -> ()"
+
+
+@pytest.mark.parametrize("name", sorted(PRIVATE))
+def test_dispatch_key(name: str) -> None:
+    assert dispatch_keys(name) == ["CompositeExplicitAutograd"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functional_schema(name: str) -> None:
+    assert str(overload(name)._schema) == f"minimax_rms::{name}{FUNCTIONAL[name]}"
+    assert torch.Tag.pt2_compliant_tag in overload(name).tags
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_entry_point_has_the_arguments_of_the_schema(name: str) -> None:
+    function = getattr(ops, name)
+    assert function.__doc__
+    expected = [argument.name for argument in overload(name)._schema.arguments]
+    assert list(inspect.signature(function).parameters) == expected
+
+
+def test_package_exports() -> None:
+    assert minimax_rms.__version__ == version("minimax-rms")
+    assert all(hasattr(minimax_rms, name) for name in minimax_rms.__all__)
+
+
+@pytest.mark.parametrize("nranks", range(1, 17))
+def test_sizes_need_no_device(nranks: int) -> None:
+    comm_size, max_tokens = overload("_comm_size"), overload("_max_tokens")
+    sizes = [comm_size(nranks, 1 << n) for n in range(20)]
+    assert sizes == sorted(sizes)
+    for num_tokens in (1, 2, 100, 1000, 8192, 1 << 20):
+        size = comm_size(nranks, num_tokens)
+        assert size % 8 == 0
+        assert max_tokens(nranks, size) >= num_tokens
+        # What existing callers reckon with.
+        assert size >= 8 * nranks * num_tokens
+        assert max_tokens(nranks, size) * 8 * nranks <= size
+        large = max(8 * nranks * num_tokens, 4096)
+        assert max_tokens(nranks, large) >= num_tokens
+    assert max_tokens(nranks, 0) == 0
+
+
+def test_tuning_is_what_the_explicit_operator_takes() -> None:
+    for nranks in (1, 2, 4, 16):
+        for row_bytes in (16, 1024, 7168, 14336, 1 << 20):
+            for num_tokens in (1, 17, 132, 2048, 8192, 1 << 20):
+                warps, blocks, threads = overload("_choose_tuning")(
+                    row_bytes, nranks, num_tokens, 132
+                )
+                assert warps in (1, 2, 4, 8)
+                assert 1 <= blocks < 1 << 31
+                assert threads % 32 == 0
+                assert 32 <= threads <= 512
+                assert warps == 1 or threads == 32 * warps
+
+
+# Operators of a single rank on the CPU.
+
+
+def rms_arguments(num_tokens: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    return (
+        random_rows(num_tokens, 24, dtype, generator),
+        random_weight(24, dtype, generator),
+        NO_WORKSPACE,
+        *(0, 1, 1e-5),
+    )
+
+
+def qk_arguments(
+    num_tokens: int, dtype: torch.dtype, generator: torch.Generator, kv_size: int = 8
+) -> tuple:
+    return (
+        random_rows(num_tokens, 24 + 2 * kv_size, dtype, generator),
+        random_weight(24, dtype, generator),
+        random_weight(kv_size, dtype, generator),
+        NO_WORKSPACE,
+        *(24, kv_size, 0, 1, 1e-5),
+    )
+
+
+ARGUMENTS: dict[str, Callable[..., tuple]] = {
+    "minimax_allreduce_rms": rms_arguments,
+    "minimax_allreduce_rms_qk": qk_arguments,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_single_rank_on_the_cpu(
+    generator: torch.Generator, num_tokens: int, dtype: torch.dtype
+) -> None:
+    x, weight, *rest = rms_arguments(num_tokens, dtype, generator)
+    result = ops.minimax_allreduce_rms(x, weight, *rest)
+    assert result.dtype == dtype
+    assert_rounded(result, exact([x], [weight], 1e-5)[0])
+
+    rows, weight_q, weight_k, *rest = qk_arguments(num_tokens, dtype, generator)
+    q, k = ops.minimax_allreduce_rms_qk(rows, weight_q, weight_k, *rest)
+    assert q.dtype == k.dtype == dtype
+    assert_rounded(q, exact([rows[:, :24]], [weight_q], 1e-5)[0])
+    assert_rounded(k, exact([rows[:, 24:32]], [weight_k], 1e-5)[0])
+
+
+def test_no_k(generator: torch.Generator) -> None:
+    arguments = qk_arguments(3, torch.float32, generator, kv_size=0)
+    q, k = ops.minimax_allreduce_rms_qk(*arguments)
+    assert (q.shape, k.shape) == ((3, 24), (3, 0))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(
+    generator: torch.Generator, name: str, num_tokens: int, dtype: torch.dtype
+) -> None:
+    """Schema, fake and tracing agree with the CPU kernel."""
+    torch.library.opcheck(overload(name), ARGUMENTS[name](num_tokens, dtype, generator))
+
+
+def test_opcheck_of_strided_rows(generator: torch.Generator) -> None:
+    _, *rest = rms_arguments(5, torch.bfloat16, generator)
+    x = random_rows(10, 64, torch.bfloat16, generator)[::2, 8:32]
+    torch.library.opcheck(overload("minimax_allreduce_rms"), (x, *rest))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_no_gradient_is_recorded(generator: torch.Generator, name: str) -> None:
+    arguments = ARGUMENTS[name](3, torch.float32, generator)
+    for value in arguments[:2]:
+        value.requires_grad_()
+    results = overload(name)(*arguments)
+    for result in [results] if isinstance(results, Tensor) else results:
+        assert not result.requires_grad
+    torch.library.opcheck(overload(name), arguments)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_raw_call_compiles_to_a_full_graph(generator: torch.Generator, name: str) -> None:
+    """One for all numbers of tokens."""
+    torch.compiler.reset()
+
+    def program(x: Tensor, *args: Any) -> Any:
+        return overload(name)(x * 2, *args)
+
+    function = torch.compile(program, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_tokens in (5, 9, 23):
+            arguments = ARGUMENTS[name](num_tokens, torch.float32, generator)
+            torch.testing.assert_close(function(*arguments), program(*arguments), rtol=0, atol=0)
+
+
+def test_fakes() -> None:
+    """On any device, with any number of tokens."""
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        symbol = mode.shape_env.create_unbacked_symint()
+        for num_tokens in (0, 5, symbol):
+            qkv = torch.empty(num_tokens, 40, device="cuda", dtype=torch.float16)
+            x = torch.empty(num_tokens, 24, device="cuda", dtype=torch.float16)
+            weight_q, weight_k, w = (torch.empty(n, device="cuda") for n in (24, 8, 8))
+            workspace = torch.empty(14, device="cuda", dtype=torch.int64)
+            results = [
+                ops.minimax_allreduce_rms(x, weight_q, workspace, 1, 4, 1e-6),
+                *ops.minimax_allreduce_rms_qk(
+                    qkv, weight_q, weight_k, workspace, 24, 8, 1, 4, 1e-6
+                ),
+                *overload("_minimax_allreduce_rms_qk_as")(
+                    qkv, weight_q, weight_k, workspace, 24, 8, 1, 4, 1e-6, 1, 1, 32
+                ),
+                overload("functional_allreduce_rms")(x, weight_q, 1e-6, 1),
+                *overload("functional_allreduce_rms_qk")(qkv, weight_q, w, 1e-6, 1),
+            ]
+            widths = [24, 24, 8, 24, 8, 24, 24, 8]
+            for result, width in zip(results, widths, strict=True):
+                assert result.dtype == torch.float16
+                assert result.device.type == "cuda"
+                assert result.stride() == (width, 1)
+                assert result.shape[1] == width
+                assert result.shape[0] is num_tokens or result.shape[0] == num_tokens
+        assert overload("_check_minimax_allreduce_rms")(x, weight_q, workspace, 1, 4, 1e-6) is None
+
+
+def setting_up() -> dict[str, Callable[[], Any]]:
+    def workspace() -> Tensor:
+        return torch.empty(8, dtype=torch.int64)
+
+    return {
+        "_allocate": lambda: overload("_allocate")(64),
+        "_open": lambda: overload("_open")(torch.empty(64, dtype=torch.uint8)),
+        "_free": lambda: overload("_free")(16),
+        "_register": lambda: overload("_register")(workspace(), 0, 2, 8, 1.0),
+        "_set_timeout": lambda: overload("_set_timeout")(workspace(), 1.0),
+        "_check": lambda: overload("_check")(workspace()),
+        "_missing_ranks": lambda: overload("_missing_ranks")(workspace()),
+        "_forget": lambda: overload("_forget")(workspace()),
+        "_announce_close": lambda: overload("_announce_close")([16, 32], 0),
+        "_open_peers": lambda: overload("_open_peers")(16, 2),
+    }
+
+
+@pytest.mark.parametrize("name", setting_up())
+def test_setting_up_cannot_be_traced(name: str) -> None:
+    message = rf"^minimax_rms::{name}: cannot be traced; call it outside of torch\.compile$"
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=message):
+        setting_up()[name]()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_functional_opcheck(
+    alone: minimax_rms.Workspace, generator: torch.Generator, dtype: torch.dtype, num_tokens: int
+) -> None:
+    qkv = random_rows(num_tokens, 40, dtype, generator)
+    weight_q, weight_k = (random_weight(width, dtype, generator) for width in (24, 8))
+    arguments = (qkv[:, :24], weight_q, 1e-6, alone._id)
+    torch.library.opcheck(overload("functional_allreduce_rms"), arguments)
+    arguments = (qkv, weight_q, weight_k, 1e-6, alone._id)
+    torch.library.opcheck(overload("functional_allreduce_rms_qk"), arguments)
+    results = overload("functional_allreduce_rms_qk")(*arguments)
+    for result, expected in zip(
+        results, alone.allreduce_rms_qk(qkv, weight_q, weight_k), strict=True
+    ):
+        assert torch.equal(result, expected)
+
+
+def test_functional_of_an_unknown_workspace() -> None:
+    x, w = torch.ones(1, 12), torch.ones(4)
+    for name, arguments in (
+        ("functional_allreduce_rms", (x, torch.ones(12))),
+        ("functional_allreduce_rms_qk", (x, w, w)),
+    ):
+        message = (
+            rf"^minimax_rms::{name}: workspace must be the id of a Workspace that exists, got "
+            r"1099511627776$"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            overload(name)(*arguments, 1e-6, 2**40)
