@@ -249,6 +249,25 @@ class RankProcesses:
         self.close(kill=self.is_broken)
 
 
+Run = Callable[..., list[Any]]  # RankProcesses.run
+
+
+def runner(world_size: int) -> Iterator[Run]:
+    """Runs functions on ranks that stay for the next test as long as none fails."""
+    started: list[RankProcesses] = []
+
+    def run(*args: Any, **options: Any) -> list[Any]:
+        if not started or started[-1].is_broken:
+            # Without worker processes of torch.compile's own.
+            env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            started.append(RankProcesses(world_size, env=env))
+        return started[-1].run(*args, **options)
+
+    yield run
+    for processes in started:
+        processes.close()
+
+
 def spawn_ranks(
     world_size: int,
     function: Callable[..., Any],

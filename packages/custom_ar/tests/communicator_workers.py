@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
-import logging
 import os
 import time
 import warnings
@@ -15,45 +15,15 @@ from typing import Any
 from unittest import mock
 
 import custom_ar
+import rank_reports
 import torch
 import torch.distributed as dist
 from custom_ar import communicator as module
 from rank_processes import Rank
+from rank_reports import error_of
 from torch import Tensor
 
-
-class Records(logging.Handler):
-    """What the package logs, as (level, text)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[str, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append((record.levelname, record.getMessage()))
-
-
-@contextlib.contextmanager
-def logged() -> Iterator[list[tuple[str, str]]]:
-    logger = logging.getLogger("custom_ar")
-    handler = Records()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield handler.lines
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
-
-
-def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
-    """The type and the text of what a call raises."""
-    try:
-        result = function(*args, **kwargs)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    raise AssertionError(f"no error, but {result!r}")
+logged = functools.partial(rank_reports.logged, "custom_ar")
 
 
 def own_values(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

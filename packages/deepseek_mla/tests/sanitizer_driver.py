@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
 import deepseek_mla
 import mla_calls
+from exact_tensors import exact_copy
 from mla_calls import Call, make_call
 
 KINDS = {
@@ -34,42 +36,24 @@ KINDS = {
 }
 
 
-class Overlong:
-    """The bytes of a CUDA tensor, and more bytes after them that are not there."""
-
-    def __init__(self, tensor: torch.Tensor, num_bytes: int) -> None:
-        self.tensor = tensor
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def exact_copy(tensor: torch.Tensor, rows_missing: int = 0) -> torch.Tensor:
+def exact_rows(tensor: torch.Tensor, rows_missing: int = 0) -> torch.Tensor:
     """A CUDA copy with the same strides, in an allocation from its first to its last element.
 
-    The allocation lacks the last ``rows_missing`` rows, of ``tensor.shape[-1]`` elements. Copies
-    contiguous bytes, so that no kernel runs.
+    The allocation lacks the last ``rows_missing`` rows, of ``tensor.shape[-1]`` elements.
     """
     extent = 0
     if tensor.numel() > 0:
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         extent = 1 + last
     elements = tensor.as_strided((extent,), (1,), tensor.storage_offset())
-    if rows_missing:
-        present = elements[: extent - rows_missing * tensor.shape[-1]]
-        source = Overlong(present.view(torch.uint8).cuda(), extent * tensor.element_size())
-        storage = torch.as_tensor(source, device="cuda").view(tensor.dtype)
-    else:
-        storage = elements.cuda()
+    missing = rows_missing * tensor.shape[-1] if rows_missing else 0
+    storage = exact_copy(elements, missing)
     return storage.as_strided(tensor.shape, tensor.stride())
 
 
 def on_device(call: Call, overrun: str | None = None) -> Call:
     args = {
-        name: exact_copy(value, rows_missing=int(name == overrun))
+        name: exact_rows(value, rows_missing=int(name == overrun))
         if isinstance(value, torch.Tensor)
         else value
         for name, value in call.args.items()

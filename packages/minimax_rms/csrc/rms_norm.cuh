@@ -501,8 +501,6 @@ class Call {
   }
 
   __device__ __forceinline__ uint32_t number() const { return number_; }
-  // Of a warp: whether nothing has failed yet.
-  __device__ __forceinline__ bool is_alive() const { return is_alive_; }
 
   __device__ __forceinline__ void send(int64_t token, Sums sums) const {
     if (is_alive_) exchange_.send(token, sums);
@@ -539,7 +537,7 @@ class Call {
   Exchange exchange_;
   stable_common::Claim claim_;
   uint32_t number_;
-  bool is_alive_;
+  bool is_alive_;  // of a warp: nothing has failed yet
 };
 
 __device__ __forceinline__ void wait_and_allow() {

@@ -3,62 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
-import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import minimax_rms
+import rank_reports
 import torch
 import torch.distributed as dist
 from minimax_arithmetic import DTYPES, assert_rounded, exact, random_rows, random_weight
 from minimax_rms import reference
 from minimax_rms import workspace as module
 from rank_processes import Rank
+from rank_reports import error_of
 from torch import Tensor
+
+logged = functools.partial(rank_reports.logged, "minimax_rms")
 
 EPS = 1e-6
 MAX_TOKENS = 40
-
-
-class Records(logging.Handler):
-    """What the package logs, as (level, text)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[str, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append((record.levelname, record.getMessage()))
-
-
-@contextlib.contextmanager
-def logged() -> Iterator[list[tuple[str, str]]]:
-    logger = logging.getLogger("minimax_rms")
-    handler = Records()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield handler.lines
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
-
-
-def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
-    """The type and the text of what a call raises."""
-    try:
-        result = function(*args, **kwargs)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    raise AssertionError(f"no error, but {result!r}")
 
 
 def own_rows(rank: int, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:

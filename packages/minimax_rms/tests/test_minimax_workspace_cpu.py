@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from minimax_rms import workspace as module
-from rank_processes import RankProcesses
+from rank_processes import Run, runner
 
-Run = Callable[..., list[Any]]
 # What torch makes of the backend "gloo".
 GLOO = str(dist.distributed_c10d.BackendConfig(dist.Backend("gloo")))
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
-
-
-def runner(world_size: int) -> Iterator[Run]:
-    """Runs functions on ranks that stay for the next test as long as none fails."""
-    started: list[RankProcesses] = []
-
-    def run(*args: Any, **options: Any) -> list[Any]:
-        if not started or started[-1].is_broken:
-            # Without worker processes of torch.compile's own.
-            env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            started.append(RankProcesses(world_size, env=env))
-        return started[-1].run(*args, **options)
-
-    yield run
-    for processes in started:
-        processes.close()
 
 
 @pytest.fixture(scope="module")
