@@ -14,14 +14,14 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench_timing import Timing, summarize
 from gpu_machine import driver_version, host_cpu
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -33,25 +33,6 @@ WARM_UPS = 3
 # Long enough for the host to queue a barrier and a pass, about half a millisecond.
 BUSY_CYCLES = 1_000_000
 TINY_COPY_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one call, over all passes."""
-
-    us: float
-    us_min: float
-    us_max: float
-    repetitions: int
-
-
-def summarize(us: Iterable[float]) -> Timing:
-    """Return median, minimum and maximum."""
-    ordered = sorted(us)
-    median, least, most = (
-        round(t, 4) for t in (statistics.median(ordered), ordered[0], ordered[-1])
-    )
-    return Timing(median, least, most, repetitions=len(ordered))
 
 
 def rotation(bytes_per_set: int) -> int:

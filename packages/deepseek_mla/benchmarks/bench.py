@@ -15,10 +15,9 @@ import hashlib
 import json
 import math
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
 import deepseek_mla
 import torch
+from bench_timing import Timing, summarize
 from deepseek_mla import reference
 from deepseek_mla._library import LIBRARY_PATH
 from gpu_machine import driver_version, host_cpu
@@ -110,16 +110,6 @@ class Case:
         return (self.query_bytes or self.bytes) // 2 // 16 * 16
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds of one call, over all passes."""
-
-    us: float
-    us_min: float
-    us_max: float
-    repetitions: int
-
-
 TOKENS = tuple(2**i for i in range(15))
 # Not one token: what Inductor of torch 2.11 generates for it, Triton does not compile.
 COMPILED_TOKENS = (16, 128, 1024, 8192)
@@ -162,15 +152,6 @@ def rotation(bytes_per_call: int) -> tuple[int, int]:
         return max(sets, 2), CALLS_PER_GRAPH
     sets = min(math.ceil(sets / CALLS_PER_GRAPH) * CALLS_PER_GRAPH, MAX_CALLS)
     return sets, sets
-
-
-def summarize(us: Iterable[float]) -> Timing:
-    """Return median, minimum and maximum."""
-    ordered = sorted(us)
-    return Timing(
-        *(round(t, 4) for t in (statistics.median(ordered), ordered[0], ordered[-1])),
-        repetitions=len(ordered),
-    )
 
 
 def case_record(

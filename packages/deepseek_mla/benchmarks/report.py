@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from report_parts import Json, Line, Plot, microseconds, prose, table
+from report_parts import (
+    FLOOR_STYLE,
+    OUR_STYLE,
+    Columns,
+    Json,
+    Line,
+    Plot,
+    Series,
+    by_size,
+    case_table,
+    latency_plot,
+    measured_on,
+    microseconds,
+    peer_cell,
+    peer_us,
+    prose,
+    range_cell,
+    table,
+    tokens_name,
+    us_cell,
+)
 
 # What others measured, and our goals.
 REFERENCES = Path(__file__).with_name("references.json")
@@ -30,7 +49,7 @@ class Report:
         self.result = result
         self.vllm: Json = references["vllm"]
         self.goals: Json = references["goals"]
-        self.goal_us = by_tokens(self.goals["us"])
+        self.goal_us = by_size(self.goals["us"])
         self.goal_heads = (self.goals["heads"], self.goals["heads_padded"])
         main = [self.vllm["op"], self.vllm["dtype"], self.vllm["cache"], False]
         # Cases of the main operator by heads, and the others by what they are; both by tokens.
@@ -78,15 +97,11 @@ class Report:
 
     def intro(self) -> str:
         """What was measured on what, and what the device can do."""
-        result, ceilings = self.result, self.result["ceilings"]
-        version = result["version"]
-        if digest := result.get("library_sha256"):
-            version += f" (library sha256 {digest[:12]})"
+        ceilings = self.result["ceilings"]
         return prose(
-            f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, deepseek_mla "
-            f"{version}, {result['date'][:10]}. In the same run a device copy read and "
-            f"wrote {ceilings['copy_tb_per_s']:.2f} TB/s, and the shortest node of a graph, a copy "
-            f"of {ceilings['node_copy_bytes'] / 2**11:g} KiB, took "
+            f"{measured_on(self.result)} In the same run a device copy read and wrote "
+            f"{ceilings['copy_tb_per_s']:.2f} TB/s, and the shortest node of a graph, a copy of "
+            f"{ceilings['node_copy_bytes'] / 2**11:g} KiB, took "
             f"{microseconds(ceilings['node_us'])} µs."
         )
 
@@ -109,48 +124,36 @@ class Report:
         """The heading of a table of the main operator."""
         return f"**`{self.vllm['op']}`**, {heads_name(heads)}, {self.vllm['dtype']}, V4 records"
 
-    def vllm_figures(self, heads: tuple[int, int]) -> dict[str, dict[int, float]]:
-        """vLLM's microseconds by version and tokens."""
-        return {
-            f"vLLM {figure['version']}": by_tokens(figure["us"])
+    def series(self, heads: tuple[int, int]) -> Series:
+        """Cases of the main operator, with vLLM's figures by version."""
+        figures = {
+            f"vLLM {figure['version']}": by_size(figure["us"])
             for figure in self.vllm["figures"]
             if (figure["heads"], figure["heads_padded"]) == heads
         }
+        goals = self.goal_us if heads == self.goal_heads else {}
+        return Series("tokens", self.by_heads.get(heads, []), figures, goals)
 
     def main_table(self, heads: tuple[int, int], *, is_summary: bool = False) -> str:
         """All sizes, or fewer columns and only the sizes that have goals."""
-        cases = self.by_heads.get(heads, [])
-        figures = self.vllm_figures(heads)
-        columns: dict[str, Callable[[Json], str]] = {
-            "tokens": lambda case: str(case["tokens"]),
-            "µs": lambda case: microseconds(case["us"]),
-        }
-        if is_summary:
-            cases = [case for case in cases if case["tokens"] in self.goal_us]
-        else:
-            columns["min to max"] = lambda case: (
-                f"{microseconds(case['us_min'])} to {microseconds(case['us_max'])}"
-            )
+        series = self.series(heads)
+        cases = series.with_goals() if is_summary else series.cases
+        columns: Columns = {"tokens": lambda case: str(case["tokens"]), "µs": us_cell}
+        if not is_summary:
+            columns["min to max"] = range_cell
             columns["TB/s"] = lambda case: f"{case['tb_per_s']:.2f}"
         columns["of copy bandwidth"] = lambda case: f"{case['floor_ratio']:.2f}"
-        columns["plain copy"] = lambda case: peer_cell(case, "copy")
+        columns["plain copy"] = partial(peer_cell, "copy")
         if any(case["peers"].get("compiled") for case in cases):
-            columns["torch.compile"] = lambda case: peer_cell(case, "compiled")
-        for version, figure in figures.items():
-            columns[version] = partial(reference_cell, figure)
+            columns["torch.compile"] = partial(peer_cell, "compiled")
+        columns |= series.figure_columns(prefix="")
 
         def vllm_ratio(case: Json) -> str:
-            known = [us[case["tokens"]] for us in figures.values() if case["tokens"] in us]
-            return f"{min(known) / case['us']:.2f}×" if known else ""
-
-        def goal(case: Json) -> str:
-            us = self.goal_us.get(case["tokens"])
-            return f"{us:g}, {'met' if case['us'] <= us else 'missed'}" if us else ""
+            us = series.best_figure(case)
+            return f"{us / case['us']:.2f}×" if us else ""
 
         columns["best vLLM over ours"] = vllm_ratio
-        if heads == self.goal_heads:
-            columns["goal"] = goal
-        return table(list(columns), [[cell(case) for cell in columns.values()] for case in cases])
+        return case_table(columns | series.goal_columns(), cases)
 
     def bandwidth_goal(self) -> list[str]:
         """Whether large calls reach the part of copy bandwidth that they should."""
@@ -187,9 +190,7 @@ class Report:
             ]
             for (op, dtype, cache, interleaved, heads), cases in self.others.items()
         ]
-        return table(
-            ["operator", "input and cache", *(f"{n} token{'s'[: n > 1]}" for n in tokens)], rows
-        )
+        return table(["operator", "input and cache", *map(tokens_name, tokens)], rows)
 
     def host_table(self) -> str:
         """The host's time of each way to call, and of one of torch's own operators."""
@@ -211,54 +212,21 @@ class Report:
 
     def plot(self) -> Plot:
         """Latency against tokens at the heads that have goals."""
-        cases = self.by_heads.get(self.goal_heads, [])
-
-        def line(label: str, style: str, us: Callable[[Json], float | None]) -> Line:
-            points = ((case["tokens"], us(case)) for case in cases)
-            return Line(label, style, tuple((x, y) for x, y in points if y is not None))
-
-        lines = [line("deepseek_mla", "o-C3", lambda case: case["us"])]
+        series = self.series(self.goal_heads)
+        lines = [series.line("deepseek_mla", OUR_STYLE, lambda case: case["us"])]
         styles = ("s-C0", "D-C9", "v-C4", "P-C5")
-        figures = self.vllm_figures(self.goal_heads).items()
-        for (version, figure), style in zip(figures, styles, strict=False):
+        for (version, figure), style in zip(series.figures.items(), styles, strict=False):
             lines.append(Line(version, style, tuple(sorted(figure.items()))))
         lines += [
-            line("torch.compile", "^-C2", lambda case: peer_us(case, "compiled")),
-            line("plain copy of Q", ".:C7", lambda case: peer_us(case, "copy")),
-            line("bytes at copy bandwidth", "--k", lambda case: case["floor_us"]),
+            series.line("torch.compile", "^-C2", partial(peer_us, "compiled")),
+            series.line("plain copy of Q", ".:C7", partial(peer_us, "copy")),
+            series.line("bytes at copy bandwidth", FLOOR_STYLE, lambda case: case["floor_us"]),
         ]
-        return Plot(
-            title=f"Fused insert, {self.goal_heads[0]} heads, {self.vllm['dtype']}, "
-            f"{self.result['gpu']}",
-            x_label="tokens",
-            y_label="µs a call, in a CUDA graph",
-            lines=tuple(line for line in lines if line.points),
-        )
+        title = f"Fused insert, {self.goal_heads[0]} heads, {self.vllm['dtype']}"
+        return latency_plot(f"{title}, {self.result['gpu']}", "tokens", lines)
 
 
 def heads_name(heads: tuple[int, int]) -> str:
     """`64 heads`, or `16 heads padded to 64`."""
     padded = f" padded to {heads[1]}" if heads[0] != heads[1] else ""
     return f"{heads[0]} heads{padded}"
-
-
-def by_tokens(figures: Json) -> dict[int, float]:
-    """JSON's keys are strings."""
-    return {int(tokens): us for tokens, us in figures.items()}
-
-
-def peer_us(case: Json, name: str) -> float | None:
-    """Microseconds of a peer, if it was measured."""
-    peer = case["peers"].get(name)
-    return peer["us"] if peer else None
-
-
-def peer_cell(case: Json, name: str) -> str:
-    """`12.3 (1.05×)`: a peer's time, and over ours; nothing where it was not measured."""
-    peer = case["peers"].get(name)
-    return f"{microseconds(peer['us'])} ({peer['ratio']:.2f}×)" if peer else ""
-
-
-def reference_cell(figure: dict[int, float], case: Json) -> str:
-    """A figure from elsewhere as it was given; nothing where there is none."""
-    return f"{figure[case['tokens']]:g}" if case["tokens"] in figure else ""
