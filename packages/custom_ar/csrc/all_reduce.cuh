@@ -52,8 +52,13 @@ __device__ __forceinline__ bool peers_agree(const AllReduceParams& params, int w
 
 // What the control warp does while the others exchange data. Returns whether the call may go on.
 __device__ __forceinline__ bool control_call(const AllReduceParams& params, int world_size,
-                                             uint32_t call) {
-  using stable_common::Claim;
+                                             const Call& begun) {
+  const uint32_t call = begun.number;
+  if (begun.has_failed) {
+    stable_common::Failures<AllReduceParams>(params).adopt(params, call);
+    return false;
+  }
+  using Claim = stable_common::Claim<AllReduceParams>;
   SharedHeader* own = params.buffers[params.rank];
   const int peer = threadIdx.x;
   if (blockIdx.x == 0 && peer < world_size && peer != params.rank) {
@@ -62,7 +67,7 @@ __device__ __forceinline__ bool control_call(const AllReduceParams& params, int 
   // All asked for at once, and looked at once the peers are there. The claim by the lane that has
   // no peer to wait for, so that a failure is said at once.
   const bool is_first = blockIdx.x == 0 && threadIdx.x == params.rank;
-  const Claim claim = is_first ? Claim::take<AllReduceParams>(own, call) : Claim::none(call);
+  const Claim claim = is_first ? Claim::take(own, call) : Claim::none(call);
   // Again: the call before may have failed since this grid began.
   const stable_common::Failures<AllReduceParams> failures(params);
 
@@ -77,7 +82,8 @@ __device__ __forceinline__ bool control_call(const AllReduceParams& params, int 
 
 // Counts this block's part of the call as completed. By one thread, after all of the block's.
 __device__ __forceinline__ void end_call(const AllReduceParams& params) {
-  stable_common::end_call<AllReduceParams>(params.buffers[params.rank]);
+  stable_common::end_call<AllReduceParams>(params.buffers[params.rank],
+                                           stable_common::block_part());
 }
 
 __device__ __forceinline__ int64_t count_vectors(const AllReduceParams& params) {
@@ -242,7 +248,7 @@ __global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
   typename Exchange<Element, kWorldSize>::PeerVectors vectors;
   bool is_alive = !call.has_failed;
 
-  if (is_alive && is_control) is_alive = control_call(params, kWorldSize, call.number);
+  if (is_control) is_alive = control_call(params, kWorldSize, call);
   if (is_alive && index < num_vectors) {
     for (int ahead = 0; ahead < params.depth; ++ahead) {
       const int64_t next = index + ahead * stride;
@@ -305,7 +311,7 @@ __global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
   typename Exchange<Element, kWorldSize>::PeerVectors vectors;
   bool is_alive = !call.has_failed;
 
-  if (is_alive && is_control) is_alive = control_call(params, kWorldSize, call.number);
+  if (is_control) is_alive = control_call(params, kWorldSize, call);
   const auto receive_shard = [&](int64_t place) {
     return own_shard + place >= num_vectors ||
            exchange.receive(0, shard_vectors, place, vectors, patience, All());

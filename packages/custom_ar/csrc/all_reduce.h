@@ -7,15 +7,14 @@
 
 #include "shared_buffer.h"
 #include "stable_common/device_properties.h"
+#include "stable_common/element_type.h"
 
 namespace custom_ar {
 
 constexpr int kVectorBytes = 16;
 constexpr int kMaxDataThreads = 512;
 
-enum class ElementType : uint32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-constexpr int element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+using stable_common::ElementType;
 
 enum class Algorithm : uint32_t {
   kOneShot = 0,  // every rank sends its whole input to every peer, and sums for itself

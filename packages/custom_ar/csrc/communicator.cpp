@@ -97,7 +97,7 @@ void Communicator::all_reduce(const char* op, const void* input, void* output, i
       0;
   params.depth = tuning.depth;
 
-  const int64_t num_bytes = num_elements * element_bytes(type);
+  const int64_t num_bytes = num_elements * stable_common::element_bytes(type);
   const int64_t piece_bytes = bytes_per_piece(tuning.algorithm, world_size(), slot_bytes_);
   for (int64_t offset = 0; offset < num_bytes; offset += piece_bytes) {
     params.input = static_cast<const char*>(input) + offset;

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -30,7 +31,9 @@ class Communicator {
   int device_index() const { return device_index_; }
 
   // Graphs that were captured before keep the timeout they were captured with.
-  void set_timeout(double seconds) { timeout_ns_ = static_cast<uint64_t>(seconds * 1e9); }
+  void set_timeout(double seconds) {
+    timeout_ns_ = std::max(static_cast<uint64_t>(seconds * 1e9), uint64_t{1});
+  }
 
   // Throws if a call has failed.
   void check_failure(const char* op) const { failure_.check_calls(op, timeout_ns_); }

@@ -1,7 +1,5 @@
 #include "ops.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -10,6 +8,7 @@
 #include "all_reduce.h"
 #include "communicator.h"
 #include "stable_common/cuda_check.h"
+#include "stable_common/dtype.h"
 #include "stable_common/peer_memory.h"
 #include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
@@ -20,7 +19,10 @@ namespace {
 
 using stable_common::Argument;
 using stable_common::check;
+using stable_common::current_device_index;
 using stable_common::CurrentDevice;
+using stable_common::element_bytes;
+using stable_common::element_type_of;
 using stable_common::ScalarType;
 
 constexpr char kAllReduce[] = "custom_ar::all_reduce";
@@ -40,9 +42,6 @@ constexpr char kFree[] = "custom_ar::free_shared_buffer";
 constexpr int64_t kMetaDataBytes = int64_t{24} << 20;
 
 constexpr int64_t kMaxElements = int64_t{1} << kDescriptorElementBits;
-
-// torch's current device: torch remembers it, other copies of the CUDA runtime do not.
-int32_t current_device_index() { return torch::stable::accelerator::getCurrentDeviceIndex(); }
 
 std::vector<void*> pointers(const char* op, const char* name, const std::vector<int64_t>& values) {
   check(values.size() >= 2 && values.size() <= kMaxWorldSize, op, name,
@@ -105,24 +104,19 @@ struct Message {
   int64_t num_bytes() const { return num_elements * element_bytes(type); }
 };
 
-bool is_reducible(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
-}
-
 bool is_on_device_of(const Communicator& fa, const Argument& inp) {
   return inp.device().is_cuda() && inp.device().index == fa.device_index();
 }
 
 Message make_message(const Argument& inp) {
-  const ElementType type = inp.dtype() == ScalarType::Float  ? ElementType::kFloat32
-                           : inp.dtype() == ScalarType::Half ? ElementType::kFloat16
-                                                             : ElementType::kBFloat16;
-  return {.input = inp.tensor().data_ptr(), .num_elements = inp.tensor().numel(), .type = type};
+  return {.input = inp.tensor().data_ptr(),
+          .num_elements = inp.tensor().numel(),
+          .type = element_type_of(inp)};
 }
 
 // Whether the kernels take `inp`, of up to `max_size` bytes.
 bool is_supported(const Communicator& fa, const Argument& inp, int64_t max_size) {
-  if (!is_on_device_of(fa, inp) || !is_reducible(inp.dtype())) return false;
+  if (!is_on_device_of(fa, inp) || !element_type_of(inp.dtype())) return false;
   const Message message = make_message(inp);
   return message.num_elements > 0 && message.num_elements < kMaxElements &&
          message.num_bytes() <= max_size && is_dense(inp);

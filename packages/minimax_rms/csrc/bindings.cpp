@@ -30,7 +30,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
   m.def("_allocate(int num_bytes) -> (int, Tensor)");
   m.def("_open(Tensor handle) -> int");
   m.def("_free(int address) -> ()");
-  m.def("_register(Tensor workspace, int rank, int nranks, int max_tokens, float timeout) -> ()");
+  m.def(
+      "_register(Tensor workspace, int rank, int nranks, int max_tokens, int "
+      "num_multiprocessors, float timeout) -> ()");
   m.def("_set_timeout(Tensor workspace, float seconds) -> ()");
   m.def("_check(Tensor workspace) -> ()");
   m.def("_missing_ranks(Tensor workspace) -> int[]");

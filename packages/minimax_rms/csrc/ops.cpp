@@ -1,7 +1,5 @@
 #include "ops.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -9,6 +7,7 @@
 
 #include "rms_norm.h"
 #include "stable_common/cuda_check.h"
+#include "stable_common/dtype.h"
 #include "stable_common/peer_memory.h"
 #include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
@@ -20,15 +19,15 @@ namespace {
 
 using stable_common::Argument;
 using stable_common::check;
+using stable_common::current_device_index;
 using stable_common::CurrentDevice;
+using stable_common::element_bytes;
+using stable_common::element_type_of;
 using torch::headeronly::ScalarType;
 
 constexpr char kOne[] = "minimax_rms::minimax_allreduce_rms";
 constexpr char kQk[] = "minimax_rms::minimax_allreduce_rms_qk";
 constexpr char kQkAs[] = "minimax_rms::_minimax_allreduce_rms_qk_as";
-
-// torch's current device: torch remembers it, other copies of the CUDA runtime do not.
-int32_t current_device_index() { return torch::stable::accelerator::getCurrentDeviceIndex(); }
 
 void check_ranks(const char* op, int64_t nranks) {
   check(nranks >= 1 && nranks <= kMaxRanks, op, "nranks must be in [1, ", kMaxRanks, "], got ",
@@ -39,6 +38,12 @@ void check_rank(const char* op, int64_t rank, int64_t nranks) {
   check_ranks(op, nranks);
   check(rank >= 0 && rank < nranks, op, "rank must be in [0, nranks) with nranks = ", nranks,
         ", got ", rank);
+}
+
+void check_multiprocessors(const char* op, int64_t num_multiprocessors) {
+  constexpr int64_t kMax = 1 << 16;
+  check(num_multiprocessors >= 1 && num_multiprocessors <= kMax, op,
+        "num_multiprocessors must be in [1, ", kMax, "], got ", num_multiprocessors);
 }
 
 const int64_t* check_workspace(const Argument& workspace, int64_t nranks) {
@@ -64,7 +69,7 @@ struct Call {
 
 int64_t check_width(const char* op, const char* name, int64_t width, int64_t element_size,
                     int64_t least) {
-  check(width >= least && width * element_size % kVectorBytes == 0 && width < int64_t{1} << 31, op,
+  check(width >= least && width < int64_t{1} << 31 && width * element_size % kVectorBytes == 0, op,
         name, " must be ", least > 0 ? "a positive" : "zero or a positive", " multiple of ",
         kVectorBytes / element_size, " elements (", kVectorBytes, " bytes) below 2^31, got ",
         width);
@@ -74,10 +79,7 @@ int64_t check_width(const char* op, const char* name, int64_t width, int64_t ele
 Call check_call(const char* op, const Argument& input, const Argument& weight_q,
                 const Argument* weight_k, const Argument& workspace, int64_t q_size,
                 int64_t kv_size, int64_t rank, int64_t nranks, double eps) {
-  input.has_dtype({ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
-  const ElementType type = input.dtype() == ScalarType::Float  ? ElementType::kFloat32
-                           : input.dtype() == ScalarType::Half ? ElementType::kFloat16
-                                                               : ElementType::kBFloat16;
+  const ElementType type = element_type_of(input);
   const int64_t element_size = element_bytes(type);
   Call call = {};
   call.op = op;
@@ -104,7 +106,8 @@ Call check_call(const char* op, const Argument& input, const Argument& weight_q,
   if (weight_k != nullptr) call.params.weight_k = check_weight(*weight_k, "kv_size", kv_size);
 
   check_rank(op, rank, nranks);
-  check(eps >= 0 && std::isfinite(eps), op, "eps must be finite and at least 0, got ", eps);
+  check(eps >= 0 && std::isfinite(static_cast<float>(eps)), op,
+        "eps must be finite in float32 and at least 0, got ", eps);
   call.params.num_tokens = input.size(0);
   check(call.params.num_tokens < int64_t{1} << kDescriptorTokenBits, op,
         "input must have fewer than 2^", kDescriptorTokenBits, " tokens, got ",
@@ -154,8 +157,8 @@ Tensor allocate_rows(const Call& call, int64_t num_vectors) {
   const bool is_allocated =
       aoti_torch_empty_strided(2, sizes, strides, call.dtype, call.device.type, call.device.index,
                                &handle) == AOTI_TORCH_SUCCESS;
-  check(is_allocated, call.op, "cannot allocate a result of [", sizes[0], ", ", sizes[1], "], ",
-        sizes[0] * num_vectors * kVectorBytes, " bytes on ", call.device);
+  check(is_allocated, call.op, "cannot allocate a result of [", sizes[0], ", ", sizes[1], "] on ",
+        call.device);
   return Tensor(handle);
 }
 
@@ -184,10 +187,11 @@ std::tuple<Tensor, Tensor> run(Call call, const RmsNormTuning* forced) {
 
   const stable_common::DeviceProperties device = properties_of(call);
   const RmsNormTuning tuning =
-      forced != nullptr
-          ? *forced
-          : choose_tuning(call.params.q_vectors + call.params.k_vectors, call.num_ranks,
-                          call.params.num_tokens, device.num_multiprocessors);
+      forced != nullptr ? *forced
+                        : choose_tuning(call.params.q_vectors + call.params.k_vectors,
+                                        call.num_ranks, call.params.num_tokens,
+                                        workspace != nullptr ? workspace->num_multiprocessors()
+                                                             : device.num_multiprocessors);
   const cudaStream_t stream = stable_common::current_stream(call.device.index);
   if (workspace != nullptr) {
     workspace->launch(call.op, call.params, call.type, tuning, stream);
@@ -283,8 +287,7 @@ std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t
   check(row_bytes > 0 && row_bytes % kVectorBytes == 0, kOp, "row_bytes must be a positive ",
         "multiple of ", kVectorBytes, ", got ", row_bytes);
   check(num_tokens > 0, kOp, "num_tokens must be positive, got ", num_tokens);
-  check(num_multiprocessors > 0, kOp, "num_multiprocessors must be positive, got ",
-        num_multiprocessors);
+  check_multiprocessors(kOp, num_multiprocessors);
   const RmsNormTuning tuning = choose_tuning(row_bytes / kVectorBytes, static_cast<int>(nranks),
                                              num_tokens, static_cast<int>(num_multiprocessors));
   return {tuning.warps_per_token, tuning.num_blocks, tuning.threads_per_block};
@@ -331,7 +334,7 @@ void free(int64_t address) {
 }
 
 void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, int64_t max_tokens,
-                        double timeout) {
+                        int64_t num_multiprocessors, double timeout) {
   constexpr char kOp[] = "minimax_rms::_register";
   check_rank(kOp, rank, nranks);
   const Argument argument(kOp, "workspace", workspace);
@@ -339,12 +342,13 @@ void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, i
                    argument.device());
   const int64_t* address = check_workspace(argument, nranks);
   check(max_tokens > 0, kOp, "max_tokens must be positive, got ", max_tokens);
+  check_multiprocessors(kOp, num_multiprocessors);
   stable_common::check_timeout(kOp, timeout);
   const CurrentDevice current(argument.device().index);
   forget_workspace(address);
   const auto added = find_or_add_workspace(kOp, address, static_cast<int>(rank),
                                            static_cast<int>(nranks), argument.device().index);
-  added->set_capacity(max_tokens);
+  added->set_limits(max_tokens, static_cast<int>(num_multiprocessors));
   added->set_timeout(timeout);
 }
 

@@ -43,7 +43,7 @@ int64_t open(const Tensor& handle);
 void free(int64_t address);
 
 void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, int64_t max_tokens,
-                        double timeout);
+                        int64_t num_multiprocessors, double timeout);
 void set_timeout(const Tensor& workspace, double seconds);
 void check_calls(const Tensor& workspace);
 std::vector<int64_t> missing_ranks(const Tensor& workspace);

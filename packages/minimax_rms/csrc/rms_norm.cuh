@@ -13,7 +13,11 @@
 //
 // A token is handled by the same team on all ranks, and blocks start in the order of their numbers.
 // So blocks need not all be resident at once: the lowest block that is not done on any rank is
-// there on all, and finds its peers at work on the same tokens, in the same order.
+// there on all, and finds its peers at work on the same tokens, in the same order. Calls that ranks
+// cut differently give the same results, but may need all blocks at once.
+//
+// A rank that has failed sends nothing more: a peer that is still in an earlier call could take it
+// for that call's.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -76,6 +80,15 @@ __device__ __forceinline__ float sum_squares(uint4 v) {
   return sum;
 }
 
+// 1 / sqrt(x), less than a unit in the last place off, in fewer steps than __frsqrt_rn(), and
+// without a branch.
+__device__ __forceinline__ float reciprocal_sqrt(float x) {
+  const float y = rsqrtf(x);
+  const float error = fmaf(-x * y, y, 1.0f);
+  // Not if x is 0 or infinite: then it is exact, and the error no number.
+  return fabsf(error) < 1.0f ? fmaf(0.5f * y, error, y) : y;
+}
+
 template <typename Element>
 __device__ __forceinline__ uint4 normalize(uint4 x, uint4 weight, float scale) {
   using Values = stable_common::VectorValues<Element>;
@@ -112,8 +125,13 @@ class Exchange {
   }
 
   __device__ __forceinline__ WorkspaceHeader* own() const { return own_; }
+  __device__ __forceinline__ bool has_header() const { return holds_header(comm_size_); }
   __device__ __forceinline__ int64_t capacity() const {
     return capacity_of(params_.num_ranks, comm_size_);
+  }
+  // Whether the call is within it, without a division.
+  __device__ __forceinline__ bool has_room() const {
+    return params_.num_tokens * bytes_per_token(params_.num_ranks) <= call_bytes_of(comm_size_);
   }
 
   __device__ __forceinline__ void set_call(uint32_t call) {
@@ -123,6 +141,11 @@ class Exchange {
     outbox_ = reinterpret_cast<char*>(header_) + slot + own_word;
     inbox_ = reinterpret_cast<char*>(own_) + slot + source_ * sizeof(uint64_t);
     stored_descriptor_ = WorkspaceHeader::to_stored(stable_common::descriptor_of(params_, call));
+  }
+
+  // Zero if this rank has not failed, as it is stored: to look at it is to wait for it.
+  __device__ __forceinline__ uint64_t load_failure() const {
+    return stable_common::load_shared(&own_->failure);
   }
 
   // By one warp of the grid, after wait_for_previous_grid().
@@ -290,18 +313,19 @@ class Rows {
     }
   }
 
-  // Where the rows of q and of k go.
+  // Where the rows of q and of k go, in bytes from the first.
   struct Target {
-    char* q;
-    char* k;
+    int64_t q;
+    int64_t k;
   };
   __device__ __forceinline__ Target target(int64_t token) const {
-    return {output_q_ + token * q_bytes_, output_k_ + token * k_bytes_};
+    return {token * q_bytes_, token * k_bytes_};
   }
 
   __device__ __forceinline__ void store(Target target, int j, uint4 vector) const {
     if (exists(j)) {
-      *reinterpret_cast<uint4*>((is_q(j) ? target.q : target.k) + at(j)) = vector;
+      char* const row = is_q(j) ? output_q_ + target.q : output_k_ + target.k;
+      *reinterpret_cast<uint4*>(row + at(j)) = vector;
     }
   }
 
@@ -329,8 +353,8 @@ class Rows {
 
   // What to multiply a row with, beside the weights.
   __device__ __forceinline__ Sums scales(Sums sums) const {
-    return {__frsqrt_rn(fmaf(sums.q, q_mean_factor_, eps_)),
-            __frsqrt_rn(fmaf(sums.k, k_mean_factor_, eps_))};
+    return {reciprocal_sqrt(fmaf(sums.q, q_mean_factor_, eps_)),
+            reciprocal_sqrt(fmaf(sums.k, k_mean_factor_, eps_))};
   }
 
  private:
@@ -413,9 +437,9 @@ class Row {
 
   template <typename TeamWeights>
   __device__ __forceinline__ void store(const TeamRows& rows, int64_t token,
+                                        typename TeamRows::Target target,
                                         const TeamWeights& weights, Sums sums) const {
     const Sums scales = rows.scales(sums);
-    const auto target = rows.target(token);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       rows.store_normalized(target, j, vectors_[j], weights.get(rows, j), scales);
@@ -476,28 +500,56 @@ class Call {
   // Every thread of the block calls this, before wait_for_previous_grid().
   __device__ __forceinline__ explicit Call(const RmsNormParams& params)
       : params_(params), exchange_(params) {
-    const stable_common::PeerCall call = stable_common::begin_call(params);
-    number_ = call.number;
-    is_alive_ = !call.has_failed;
+    number_ = 0;
+    is_alive_ = false;
+    if (exchange_.has_header()) {
+      const stable_common::PeerCall call = stable_common::begin_call(params);
+      number_ = call.number;
+      is_alive_ = !call.has_failed;
+    } else if (blockIdx.x == 0 && threadIdx.x == 0) {
+      // Not even the number of the call has a place.
+      using stable_common::FailureKind;
+      stable_common::write_record(
+          params.failure_record,
+          stable_common::pack_failure(FailureKind::kOverCapacity, 0, number_),
+          stable_common::descriptor_of(params, number_), exchange_.capacity());
+    }
     exchange_.set_call(number_);
-    claim_ = stable_common::Claim::none(number_);
+    claim_ = Claim::none(number_);
+    failure_ = kEmptyWord;
+    // Not later, when it would be in the way.
+    part_ = stable_common::block_part();
+    has_room_ = exchange_.has_room();
   }
 
-  // The same after it.
-  __device__ __forceinline__ void start() {
-    if (is_alive_ && params_.num_tokens > exchange_.capacity()) {
+  // The same after it. Asks for more than it waits for, so that all comes at once. `is_sender`: of
+  // the warps that send.
+  __device__ __forceinline__ void start(bool is_sender) {
+    if (!is_alive_) {
+      if (exchange_.has_header() && threadIdx.x < kWarpSize) {
+        stable_common::Failures<RmsNormParams>(params_).adopt(params_, number_);
+      }
+      return;
+    }
+    if (is_sender) failure_ = exchange_.load_failure();
+    if (!has_room_) {
       if (is_first_warp() && threadIdx.x == 0) {
         stable_common::fail(params_, stable_common::FailureKind::kOverCapacity, 0, number_,
                             exchange_.capacity());
       }
       is_alive_ = false;
+    } else if (is_first_warp() && threadIdx.x == 0) {
+      claim_ = Claim::take(exchange_.own(), number_);
     }
-    if (is_alive_ && is_first_warp()) {
-      exchange_.announce();
-      if (threadIdx.x == 0) {
-        claim_ = stable_common::Claim::take<RmsNormParams>(exchange_.own(), number_);
-      }
-    }
+  }
+
+  // The call before may have failed since this grid began. Then nothing may be sent: a peer that
+  // is still in an earlier call could take it for that call's. Else lets the peers know of the
+  // call.
+  __device__ __forceinline__ void confirm() {
+    stable_common::keep_here(failure_);
+    if (__any_sync(kAllLanes, failure_ != kEmptyWord)) is_alive_ = false;
+    if (is_alive_ && is_first_warp()) exchange_.announce();
   }
 
   __device__ __forceinline__ uint32_t number() const { return number_; }
@@ -510,22 +562,27 @@ class Call {
   // whether that succeeded.
   __device__ __forceinline__ bool receive(int64_t token, Sums* sums,
                                           stable_common::Patience<RmsNormParams>* patience) {
-    if (is_alive_) is_alive_ = exchange_.receive(token, sums, patience);
-    if (is_first_warp()) {
-      if (!claim_.is_alone(number_)) {
+    // Before the wait: the peers need not be there for it.
+    if (is_first_warp() && __any_sync(kAllLanes, is_alive_ && !claim_.is_alone(number_))) {
+      if (threadIdx.x == 0) {
         stable_common::fail(params_, stable_common::FailureKind::kConcurrentCall, 0, number_, 0);
-        is_alive_ = false;
       }
-      is_alive_ = __all_sync(kAllLanes, is_alive_);
+      is_alive_ = false;
     }
+    if (is_alive_) is_alive_ = exchange_.receive(token, sums, patience);
     return is_alive_;
   }
 
   __device__ __forceinline__ void clear(int64_t token) const { exchange_.clear(token); }
 
+  // Lets the host know why a token is lost.
+  __device__ __forceinline__ void report() const {
+    if (exchange_.has_header()) stable_common::report_failure(params_);
+  }
+
   // By one thread, after all of the block's.
   __device__ __forceinline__ void end() const {
-    stable_common::end_call<RmsNormParams>(exchange_.own());
+    if (exchange_.has_header()) stable_common::end_call<RmsNormParams>(exchange_.own(), part_);
   }
 
  private:
@@ -533,10 +590,15 @@ class Call {
     return blockIdx.x == 0 && threadIdx.x < kWarpSize;
   }
 
+  using Claim = stable_common::Claim<RmsNormParams>;
+
   const RmsNormParams& params_;
   Exchange exchange_;
-  stable_common::Claim claim_;
+  Claim claim_;
+  uint64_t failure_;
+  uint64_t part_;
   uint32_t number_;
+  bool has_room_;
   bool is_alive_;  // of a warp: nothing has failed yet
 };
 
@@ -549,6 +611,8 @@ __device__ __forceinline__ void wait_and_allow() {
 template <int kWarps>
 struct Turns {
   static constexpr int kMaxBlock = kWarps == 1 ? kMaxThreads : kWarps * kWarpSize;
+  // What the tuning puts on a multiprocessor. For more the compiler would spill registers.
+  static constexpr int kMinBlocks = kMaxThreads / kMaxBlock;
 
   int64_t first;
   int64_t stride;
@@ -581,33 +645,41 @@ __global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock)
     Weights<TeamRows, kVectors, true> weights;
     weights.load(rows);
     if (token + turns.stride < params.num_tokens) rows.prefetch(token + turns.stride);
-    row.store(rows, token, weights, add_up<kWarps>(row.sum(rows, token), turn++));
+    row.store(rows, token, rows.target(token), weights,
+              add_up<kWarps>(row.sum(rows, token), turn++));
   }
 }
 
 // The ranks' part of a call. If kIsPipelined, a team loads its next row while it waits for the
 // peers; else it keeps its registers for the weights, to be done sooner with the one it has.
 template <typename Element, int kWarps, int kVectors, bool kIsWide, int kEven, bool kIsPipelined>
-__global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock)
+__global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock,
+                                  device::Turns<kWarps>::kMinBlocks)
     rms_norm_kernel(const __grid_constant__ RmsNormParams params) {
   using namespace device;
   using TeamRows = Rows<Element, kWarps, kEven>;
   using TeamRow = Row<TeamRows, kVectors, kIsWide>;
   constexpr int kMostWeights = 7;  // that a thread keeps
+  constexpr int kFew = 4;          // vectors
   const TeamRows rows(params);
   const Turns<kWarps> turns;
-  const bool is_leader = kWarps == 1 || threadIdx.x < kWarpSize;  // who talks for the team
+  // Who talks for the team, and who tidies up: the last warp, which may have less of the row.
+  const bool is_leader = kWarps == 1 || threadIdx.x < kWarpSize;
+  const bool is_closer = kWarps == 1 || threadIdx.x >= (kWarps - 1) * kWarpSize;
   int64_t token = turns.first;
   if (token < params.num_tokens) rows.prefetch(token);
 
   Call call(params);
   wait_and_allow();
-  call.start();
 
+  TeamRow row;
+  if (token < params.num_tokens) row.load(rows, token);
+  call.start(is_leader);
+  bool is_lost = false;
   if (token < params.num_tokens) {
+    // For all turns of the team: the timeout is a call's.
     stable_common::Patience<RmsNormParams> patience(params, call.number(), params.timeout_ns);
-    TeamRow row;
-    row.load(rows, token);
+    call.confirm();
     for (uint32_t turn = 0;; ++turn) {
       Sums sums = add_up<kWarps>(row.sum(rows, token), turn);
       if (is_leader) call.send(token, sums);
@@ -623,18 +695,26 @@ __global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock)
           rows.prefetch(next);
         }
       }
+      typename TeamRows::Target target = rows.target(token);
+      if constexpr (kVectors <= kFew) {
+        // While the peers' sums are under way; larger rows have no registers for it.
+        stable_common::keep_here(target.q);
+        stable_common::keep_here(target.k);
+      }
       bool is_alive = false;
       if (is_leader) {
         is_alive = call.receive(token, &sums, &patience);
-        if (is_alive) call.clear(token);
+      }
+      if (!share<kWarps>(is_alive, &sums)) {
+        is_lost = true;
+        break;
+      }
+      if (is_closer) {
+        call.clear(token);
         // Before the last row is written: it is of no concern to who looks at the count.
-        if (kWarps > 1 && is_last && threadIdx.x == 0) call.end();
+        if (kWarps > 1 && is_last && threadIdx.x % kWarpSize == 0) call.end();
       }
-      if (share<kWarps>(is_alive, &sums)) {
-        row.store(rows, token, weights, sums);
-      } else {
-        rows.poison(token);
-      }
+      row.store(rows, token, target, weights, sums);
       if (is_last) break;
       token = next;
       if constexpr (kIsPipelined) {
@@ -643,9 +723,14 @@ __global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock)
         row.load(rows, token);
       }
     }
-    if (kWarps > 1) return;
+    if (kWarps > 1 && !is_lost) return;
   }
-  // Several teams, or one without a token.
+  if (is_lost) {
+    if (threadIdx.x % kWarpSize == 0) call.report();
+#pragma unroll 1
+    for (; token < params.num_tokens; token += turns.stride) rows.poison(token);
+  }
+  // Several teams, or one that has not said so.
   __syncthreads();
   if (threadIdx.x == 0) call.end();
 }

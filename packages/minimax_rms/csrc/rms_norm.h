@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "stable_common/device_properties.h"
+#include "stable_common/element_type.h"
 #include "stable_common/peer_call.h"
 
 namespace minimax_rms {
@@ -14,9 +15,7 @@ constexpr int kMaxRanks = 16;
 constexpr int kVectorBytes = 16;
 constexpr int kMaxThreads = 512;
 
-enum class ElementType : uint32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-constexpr int element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+using stable_common::ElementType;
 
 // A rank's communication buffer: three times `comm_size` bytes, filled with -0.0f by whoever
 // allocates it. -0.0f means that nothing has come: no sum of squares is one.
@@ -28,6 +27,9 @@ using WorkspaceHeader = stable_common::CallHeader<kMaxRanks, kEmptyWord>;
 constexpr int64_t kHeaderBytes = 768;
 static_assert(sizeof(WorkspaceHeader) <= kHeaderBytes);
 
+// Whether the buffer has room for the header. Where it has none nothing may be written.
+constexpr bool holds_header(int64_t comm_size) { return 3 * comm_size >= kHeaderBytes; }
+
 constexpr int64_t slot_bytes_of(int64_t comm_size) {
   constexpr int64_t kLineBytes = 128;
   const int64_t bytes = (3 * comm_size - kHeaderBytes) / 2;
@@ -38,10 +40,15 @@ constexpr int64_t bytes_per_token(int num_ranks) {
   return static_cast<int64_t>(sizeof(uint64_t)) * num_ranks;
 }
 
-// The tokens of the largest call. Never more than existing callers of the operators reckon with.
-constexpr int64_t capacity_of(int num_ranks, int64_t comm_size) {
+// What a call may use of a slot. Never more than existing callers of the operators reckon with.
+constexpr int64_t call_bytes_of(int64_t comm_size) {
   const int64_t slot_bytes = slot_bytes_of(comm_size);
-  return (slot_bytes < comm_size ? slot_bytes : comm_size) / bytes_per_token(num_ranks);
+  return slot_bytes < comm_size ? slot_bytes : comm_size;
+}
+
+// The tokens of the largest call.
+constexpr int64_t capacity_of(int num_ranks, int64_t comm_size) {
+  return call_bytes_of(comm_size) / bytes_per_token(num_ranks);
 }
 
 // The least comm_size for calls of `max_tokens`, in whole lines.
@@ -57,12 +64,18 @@ constexpr int64_t comm_size_for(int num_ranks, int64_t max_tokens) {
 constexpr int kDescriptorTokenBits = 36;
 constexpr uint64_t kDescriptorHasK = uint64_t{1} << kDescriptorTokenBits;
 
-// How a call is cut. All ranks must choose alike.
+// How a call is cut: on all ranks alike, lest blocks wait for some that find no room.
 struct RmsNormTuning {
   int warps_per_token = 1;      // 1, 2, 4 or 8
   int num_blocks = 1;           // each takes tokens in turn
   int threads_per_block = 128;  // 32 * warps_per_token; any multiple of 32 if that is 1
 };
+
+// The most vectors of a row that a thread holds, in a team of so many warps; of more vectors only
+// the largest team takes a row.
+constexpr int max_vectors_of(int warps_per_token) {
+  return warps_per_token <= 2 ? 14 : warps_per_token == 4 ? 7 : 4;
+}
 
 // `row_vectors` is how many vectors q and k have together.
 RmsNormTuning choose_tuning(int64_t row_vectors, int num_ranks, int64_t num_tokens,

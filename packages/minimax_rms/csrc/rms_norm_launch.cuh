@@ -73,13 +73,13 @@ cudaError_t launch_for_team(const RmsNormParams& params, const RmsNormTuning& tu
   // that, whatever the number of ranks.
   switch (tuning.warps_per_token) {
     case 1:
-      return launch_that_fits<Element, 1, 4, 7, 14>(launch);
+      return launch_that_fits<Element, 1, 4, 7, max_vectors_of(1)>(launch);
     case 2:
-      return launch_that_fits<Element, 2, 2, 7, 14>(launch);
+      return launch_that_fits<Element, 2, 2, 7, max_vectors_of(2)>(launch);
     case 4:
-      return launch_that_fits<Element, 4, 2, 4, 7>(launch);
+      return launch_that_fits<Element, 4, 2, 4, max_vectors_of(4)>(launch);
     default:
-      return launch_that_fits<Element, 8, 1, 2, 4>(launch);
+      return launch_that_fits<Element, 8, 1, 2, max_vectors_of(8)>(launch);
   }
 }
 

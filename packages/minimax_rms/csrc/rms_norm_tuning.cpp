@@ -18,18 +18,21 @@ constexpr int kMaxWarps = 8;
 constexpr int kWarpsPerMultiprocessor = 16;
 
 // The smallest team, of at least `least` warps, whose threads hold no more than `max_vectors` of a
-// row each.
+// row each. The largest team takes rows of any width.
 int smallest_team(int64_t row_vectors, int max_vectors, int least = 1) {
   int warps = least;
-  while (warps < kMaxWarps && row_vectors > int64_t{max_vectors} * warps * kWarpSize) warps *= 2;
+  while (warps < kMaxWarps &&
+         row_vectors > int64_t{std::min(max_vectors, max_vectors_of(warps))} * warps * kWarpSize) {
+    warps *= 2;
+  }
   return warps;
 }
 
 int choose_team(int64_t row_vectors, int num_ranks, int64_t tokens_per_multiprocessor) {
   if (num_ranks == 1) return smallest_team(row_vectors, 7, 4);
   if (tokens_per_multiprocessor <= 1) return smallest_team(row_vectors, 2);
-  if (tokens_per_multiprocessor <= 2) return std::min(smallest_team(row_vectors, 2), 4);
-  if (tokens_per_multiprocessor <= 8) return smallest_team(row_vectors, 7);
+  if (tokens_per_multiprocessor <= 2) return smallest_team(row_vectors, 7, 2);
+  if (tokens_per_multiprocessor <= 4) return smallest_team(row_vectors, 7);
   if (tokens_per_multiprocessor <= kWarpsPerMultiprocessor) return smallest_team(row_vectors, 14);
   return smallest_team(row_vectors, 7);
 }
@@ -44,9 +47,10 @@ RmsNormTuning choose_tuning(int64_t row_vectors, int num_ranks, int64_t num_toke
   const int64_t tokens_per_multiprocessor = divide_up(num_tokens, num_multiprocessors);
   RmsNormTuning tuning;
   tuning.warps_per_token = choose_team(row_vectors, num_ranks, tokens_per_multiprocessor);
-  const bool has_turns = tokens_per_multiprocessor > kWarpsPerMultiprocessor;
   // Teams of one warp share blocks, since blocks are numbered one by one.
-  const int teams_per_block = tuning.warps_per_token > 1 ? 1 : has_turns ? 8 : 4;
+  const int teams_per_block = tuning.warps_per_token > 1      ? 1
+                              : tokens_per_multiprocessor > 8 ? 8
+                                                              : 4;
   tuning.threads_per_block = teams_per_block * tuning.warps_per_token * kWarpSize;
   const int64_t teams =
       int64_t{num_multiprocessors} *

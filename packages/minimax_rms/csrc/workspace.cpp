@@ -4,7 +4,9 @@
 #include <unordered_map>
 #include <utility>
 
+#include "stable_common/capture.h"
 #include "stable_common/cuda_check.h"
+#include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
 
 namespace minimax_rms {
@@ -43,12 +45,16 @@ Workspace::Workspace(const char* op, const int64_t* address, int rank, int num_r
   check(device_.compute_capability >= 80, op,
         "needs a device of compute capability 8.0 or later, got ", device_.compute_capability / 10,
         ".", device_.compute_capability % 10);
-  set_timeout(stable_common::default_timeout(op, "MINIMAX_RMS_TIMEOUT"));
+  num_multiprocessors_ = device_.num_multiprocessors;
 }
 
 Workspace::~Workspace() {
   // Kernels may still run: they end in bounded time. Nothing here can be reported.
-  (void)cudaDeviceSynchronize();
+  try {
+    const stable_common::CurrentDevice current(device_index_);
+    (void)cudaDeviceSynchronize();
+  } catch (...) {
+  }
   (void)cudaGetLastError();
 }
 
@@ -59,14 +65,19 @@ void Workspace::check_capacity(const char* op, int64_t num_tokens) const {
 }
 
 bool Workspace::is_fresh() const {
+  const stable_common::RelaxedCapture relaxed;
   const auto read = [](const void* source, auto* value) {
-    return cudaMemcpy(value, source, sizeof(*value), cudaMemcpyDefault) == cudaSuccess;
+    return cudaMemcpy(value, source, sizeof(*value), cudaMemcpyDeviceToHost) == cudaSuccess;
   };
+  const int64_t* layout = nullptr;
+  int64_t comm_size = 0;
   const WorkspaceHeader* header = nullptr;
   uint64_t failure = 0;
-  const bool is_read =
-      read(&address_[2 * num_ranks_ + rank_], &header) && read(&header->failure, &failure);
-  (void)cudaGetLastError();  // while a stream captures, say
+  const bool is_read = read(&address_[3 * num_ranks_ + 1], &layout) &&
+                       read(&layout[1], &comm_size) && holds_header(comm_size) &&
+                       read(&address_[2 * num_ranks_ + rank_], &header) &&
+                       read(&header->failure, &failure);
+  (void)cudaGetLastError();
   return is_read && WorkspaceHeader::from_stored(failure) == 0;
 }
 
@@ -74,6 +85,7 @@ void Workspace::launch(const char* op, RmsNormParams params, ElementType type,
                        const RmsNormTuning& tuning, cudaStream_t stream) {
   check_calls(op);
   const std::lock_guard lock(mutex_);
+  if (timeout_ns_ == 0) set_timeout(stable_common::default_timeout(op, "MINIMAX_RMS_TIMEOUT"));
   const bool is_capturing = streams_.begin_call(stream);
   params.workspace = address_;
   params.failure_record = failure_.device_record();
@@ -89,6 +101,8 @@ namespace {
 struct Workspaces {
   std::mutex mutex;
   std::unordered_map<const int64_t*, std::shared_ptr<Workspace>> by_address;
+  // Replaced in the middle of a call, when nothing may be waited for.
+  std::vector<std::shared_ptr<Workspace>> stale;
 
   static Workspaces& instance() {
     static Workspaces* const workspaces = new Workspaces;  // outlives every static destructor
@@ -100,7 +114,6 @@ struct Workspaces {
 
 std::shared_ptr<Workspace> find_or_add_workspace(const char* op, const int64_t* address, int rank,
                                                  int num_ranks, int device_index) {
-  std::shared_ptr<Workspace> stale;  // destroyed after the lock is released
   Workspaces& workspaces = Workspaces::instance();
   const std::lock_guard lock(workspaces.mutex);
   std::shared_ptr<Workspace>& entry = workspaces.by_address[address];
@@ -111,7 +124,7 @@ std::shared_ptr<Workspace> find_or_add_workspace(const char* op, const int64_t* 
     if (is_same) return entry;
     check(!entry->is_registered(), op, "rank and nranks must be those of the workspace, got rank ",
           rank, " of ", num_ranks);
-    stale = std::move(entry);
+    workspaces.stale.push_back(std::move(entry));
     entry = nullptr;
   }
   try {
@@ -131,12 +144,13 @@ std::shared_ptr<Workspace> find_workspace(const int64_t* address) {
 }
 
 void forget_workspace(const int64_t* address) {
-  std::shared_ptr<Workspace> forgotten;  // destroyed after the lock is released
+  std::vector<std::shared_ptr<Workspace>> forgotten;  // destroyed after the lock is released
   Workspaces& workspaces = Workspaces::instance();
   const std::lock_guard lock(workspaces.mutex);
+  forgotten.swap(workspaces.stale);
   const auto found = workspaces.by_address.find(address);
   if (found == workspaces.by_address.end()) return;
-  forgotten = std::move(found->second);
+  forgotten.push_back(std::move(found->second));
   workspaces.by_address.erase(found);
 }
 

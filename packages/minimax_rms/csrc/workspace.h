@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -23,14 +24,23 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
+  // Of the device, unless set_limits() said otherwise.
+  int num_multiprocessors() const { return num_multiprocessors_; }
+
   bool is_of(int rank, int num_ranks, int device_index) const {
     return rank_ == rank && num_ranks_ == num_ranks && device_index_ == device_index;
   }
 
   // Graphs that were captured before keep the timeout they were captured with.
-  void set_timeout(double seconds) { timeout_ns_ = static_cast<uint64_t>(seconds * 1e9); }
-  // The tokens of the largest call, for a workspace that is registered.
-  void set_capacity(int64_t max_tokens) { max_tokens_ = max_tokens; }
+  void set_timeout(double seconds) {
+    timeout_ns_ = std::max(static_cast<uint64_t>(seconds * 1e9), uint64_t{1});
+  }
+  // What is known of a workspace that is registered: the tokens of its largest call, and which
+  // multiprocessors calls are cut for, the same number on all ranks.
+  void set_limits(int64_t max_tokens, int num_multiprocessors) {
+    max_tokens_ = max_tokens;
+    num_multiprocessors_ = num_multiprocessors;
+  }
   bool is_registered() const { return max_tokens_ >= 0; }
 
   bool has_failed() const { return failure_.has_failed(); }
@@ -38,7 +48,8 @@ class Workspace {
   std::vector<int64_t> missing_ranks() const { return failure_.missing_ranks(); }
   void check_capacity(const char* op, int64_t num_tokens) const;
 
-  // Whether the device knows of no failure: the memory is another workspace's by now.
+  // Whether the device knows of no failure: the memory is another workspace's by now. Legal while a
+  // stream captures.
   bool is_fresh() const;
 
   // Launches a call on `stream`; `params` lacks what is the workspace's.
@@ -50,15 +61,17 @@ class Workspace {
   int rank_;
   int num_ranks_;
   int device_index_;
-  uint64_t timeout_ns_ = 0;
+  uint64_t timeout_ns_ = 0;  // 0: to be read from the environment
   int64_t max_tokens_ = -1;  // not known
+  int num_multiprocessors_ = 0;
   stable_common::DeviceProperties device_;
   stable_common::PeerFailure failure_;
   std::mutex mutex_;  // guards what follows
   stable_common::StreamOrder streams_;
 };
 
-// Workspaces by the address of their tensor. One that is not known yet is added.
+// Workspaces by the address of their tensor. One that is not known yet is added, and stays until it
+// is forgotten or another is found in its place: nobody says when a caller's workspace is gone.
 std::shared_ptr<Workspace> find_or_add_workspace(const char* op, const int64_t* address, int rank,
                                                  int num_ranks, int device_index);
 // Null if it is not known.

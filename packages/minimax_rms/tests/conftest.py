@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_streams import why_not_at_once
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -26,3 +27,10 @@ def seed(request: pytest.FixtureRequest) -> int:
     """A seed of this test's own, new in each session; printed, so that a failure shows it."""
     print(f"to repeat: {SEED_VARIABLE}={BASE_SEED}")
     return BASE_SEED ^ zlib.crc32(request.node.name.encode())
+
+
+@pytest.fixture(scope="session")
+def at_once() -> None:
+    """Skips where the ranks of one process would wait for each other in vain."""
+    if reason := why_not_at_once(16):
+        pytest.skip(reason)

@@ -332,10 +332,17 @@ class StandIn:
         (self.own if address in self.own else self.opened).remove(address)
 
     def _register(
-        self, workspace: Tensor, rank: int, nranks: int, max_tokens: int, timeout: float
+        self,
+        workspace: Tensor,
+        rank: int,
+        nranks: int,
+        max_tokens: int,
+        num_multiprocessors: int,
+        timeout: float,
     ) -> None:
         self._enter("_register")
         assert (rank, nranks) == (self.rank.rank, self.rank.world_size)
+        assert num_multiprocessors == 1  # there is none to share
         self.check_workspace(workspace, max_tokens)
         self.registered = workspace
         self.timeouts.append(timeout)
@@ -440,7 +447,13 @@ def failing_step(
     rank: Rank, failing: str, failing_rank: int
 ) -> tuple[str | None, list[tuple[str, str]]]:
     """Setting up fails on one rank: all fall back, and nothing is left allocated."""
-    with stand_in(rank, failing if rank.rank == failing_rank else None) as ops, logged() as lines:
+    own = failing if rank.rank == failing_rank else None
+    no_access = RuntimeError("no peer access") if own == "access" else None
+    with (
+        stand_in(rank, own) as ops,
+        logged() as lines,
+        mock.patch.object(module, "_check_peer_access", side_effect=no_access, return_value=None),
+    ):
         workspace = minimax_rms.Workspace(rank.group, MAX_TOKENS, rank.device, timeout=3)
         assert ops.holds_nothing()
         assert workspace.tensor is None
@@ -577,6 +590,7 @@ def facts(count: int, **changes: Any) -> list[Any]:
         device_name="GPU",
         device_uuid="u",
         capability=(9, 0),
+        num_multiprocessors=132,
         problem=None,
     )
     ranks = [SimpleNamespace(**vars(one)) for _ in range(count)]

@@ -67,7 +67,7 @@ SIZE = "must be a positive multiple of 8 elements (16 bytes) below 2^31, got"
 KV_SIZE = "kv_size must be zero or a positive multiple of 8 elements (16 bytes) below 2^31, got"
 NRANKS = "nranks must be in [1, 16], got"
 RANK = "rank must be in [0, nranks) with nranks = 2, got"
-EPS = "eps must be finite and at least 0, got"
+EPS = "eps must be finite in float32 and at least 0, got"
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     (ONE, {"input": zeros(5, 16, dtype=torch.float64)}, f"input {DTYPES} torch.float64"),
@@ -128,6 +128,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (ONE, {"eps": -1e-6}, f"{EPS} -1e-06"),
     (ONE, {"eps": float("nan")}, f"{EPS} nan"),
     (ONE, {"eps": float("inf")}, f"{EPS} inf"),
+    (ONE, {"eps": 1e39}, f"{EPS} 1e+39"),
     (
         ONE,
         {"workspace": torch.zeros(8, dtype=torch.int32)},
@@ -153,6 +154,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (QK, {"q_size": 0}, f"q_size {SIZE} 0"),
     (QK, {"q_size": -8}, f"q_size {SIZE} -8"),
     (QK, {"q_size": 2**31}, f"q_size {SIZE} {2**31}"),
+    (QK, {"q_size": 2**63 - 8}, f"q_size {SIZE} {2**63 - 8}"),
     (QK, {"kv_size": 4}, f"{KV_SIZE} 4"),
     (QK, {"kv_size": -8}, f"{KV_SIZE} -8"),
     (
@@ -288,6 +290,7 @@ def handle(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 # No allocation gets as far as this address.
 UNKNOWN = 2**40
 SECONDS = "seconds must be in (0, 1e9), got"
+MULTIPROCESSORS = "num_multiprocessors must be in [1, 65536], got"
 UNKNOWN_ADDRESS = "address must be what _allocate or _open returned and not be freed yet, got"
 
 SETTING_UP: dict[str, tuple[Callable[[], Any], str]] = {
@@ -307,7 +310,11 @@ SETTING_UP: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "_choose_tuning multiprocessors": (
         lambda: private._choose_tuning(4096, 2, 1, 0),
-        "num_multiprocessors must be positive, got 0",
+        f"{MULTIPROCESSORS} 0",
+    ),
+    "_choose_tuning many multiprocessors": (
+        lambda: private._choose_tuning(4096, 2, 1, 2**16 + 1),
+        f"{MULTIPROCESSORS} 65537",
     ),
     "_comm_size no rank": (lambda: private._comm_size(0, 1), f"{NRANKS} 0"),
     "_comm_size ranks": (lambda: private._comm_size(17, 1), f"{NRANKS} 17"),
@@ -351,11 +358,11 @@ SETTING_UP: dict[str, tuple[Callable[[], Any], str]] = {
     "_free": (lambda: private._free(UNKNOWN), f"{UNKNOWN_ADDRESS} {UNKNOWN}"),
     "_free null": (lambda: private._free(0), f"{UNKNOWN_ADDRESS} 0"),
     "_register device": (
-        lambda: private._register(workspace(2), 0, 2, 8, 1.0),
+        lambda: private._register(workspace(2), 0, 2, 8, 132, 1.0),
         "workspace must be on a CUDA device, got cpu",
     ),
     "_register rank": (
-        lambda: private._register(workspace(2), 2, 2, 8, 1.0),
+        lambda: private._register(workspace(2), 2, 2, 8, 132, 1.0),
         f"{RANK} 2",
     ),
     "_set_timeout zero": (lambda: private._set_timeout(workspace(2), 0.0), f"{SECONDS} 0"),

@@ -282,7 +282,7 @@ def setting_up() -> dict[str, Callable[[], Any]]:
         "_allocate": lambda: overload("_allocate")(64),
         "_open": lambda: overload("_open")(torch.empty(64, dtype=torch.uint8)),
         "_free": lambda: overload("_free")(16),
-        "_register": lambda: overload("_register")(workspace(), 0, 2, 8, 1.0),
+        "_register": lambda: overload("_register")(workspace(), 0, 2, 8, 132, 1.0),
         "_set_timeout": lambda: overload("_set_timeout")(workspace(), 1.0),
         "_check": lambda: overload("_check")(workspace()),
         "_missing_ranks": lambda: overload("_missing_ranks")(workspace()),

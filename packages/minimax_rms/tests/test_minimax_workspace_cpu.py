@@ -136,7 +136,7 @@ def test_no_default_group() -> None:
 BAD_ARGUMENTS = [
     *(
         ({"max_tokens": value}, {}, f"max_tokens must be tokens in [1, 2^36), got {value!r}")
-        for value in (0, -1, 2**36, 8.0, None)
+        for value in (0, -1, 2**36, 8.0, True, None)
     ),
     *(
         (
@@ -210,7 +210,7 @@ def test_bad_calls(one: Run, two: Run, world_size: int) -> None:
             f"{begin_qk} qkv must have shape [T, W] with W = q_size + 2 * kv_size = 24, got "
             "[2, 16]",
         ),
-        ("RuntimeError", f"{begin} eps must be finite and at least 0, got -1"),
+        ("RuntimeError", f"{begin} eps must be finite in float32 and at least 0, got -1"),
     ]
     run = one if world_size == 1 else two
     assert run(workers.bad_calls) == [expected] * world_size
@@ -223,6 +223,7 @@ def test_kernels_get_the_calls(two: Run, three: Run, max_tokens: int) -> None:
 
 
 STEPS = {
+    "access": "use its peers' memory: no peer access",
     "_allocate": "allocate shared memory: _allocate failed",
     "_open": "map its peers' memory: _open failed",
     "_register": "map its peers' memory: _register failed",
@@ -277,6 +278,27 @@ OBSTACLES = [
 @pytest.mark.parametrize(("count", "changes", "reason"), OBSTACLES, ids=str)
 def test_obstacles(count: int, changes: dict[str, Any], reason: str) -> None:
     assert module._obstacle(workers.facts(count, **changes)) == reason
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "num_multiprocessors"),
+    [
+        (1, {}, 132),
+        # Ranks of one GPU, and for each its next call.
+        (2, {}, 33),
+        (3, {}, 22),
+        (16, {}, 4),
+        # The last one has a GPU of its own, and then one that is smaller than the others' shares.
+        (3, {"device_uuid": "v"}, 33),
+        (2, {"device_uuid": "v"}, 132),
+        (2, {"device_uuid": "v", "num_multiprocessors": 78}, 78),
+        (3, {"device_uuid": "v", "num_multiprocessors": 20}, 20),
+    ],
+    ids=str,
+)
+def test_multiprocessors(count: int, changes: dict[str, Any], num_multiprocessors: int) -> None:
+    """What calls are cut for, the same on all ranks: the blocks of all find room at once."""
+    assert module._num_multiprocessors(workers.facts(count, **changes)) == num_multiprocessors
 
 
 def test_example(tmp_path: Path) -> None:

@@ -12,26 +12,29 @@ operators, their names and their arguments are those of vLLM.
 * entry ``3 * nranks + 1`` is the address of int64 ``[2]``, ``{0, comm_size}``, on the device;
 * the entries below ``2 * nranks`` are not used.
 
-``comm_size`` bounds the tokens of a call: it is at least ``8 * nranks`` bytes a token, and at least
-``torch.ops.minimax_rms._comm_size(nranks, max_tokens)``. All of this must be complete on the device
-of every rank before the first call of any, and stay until no rank will call any more; what is in it
-is the kernels' from then on. One workspace serves all layers. With ``nranks = 1`` it is ignored.
+``comm_size``, the same on all ranks, bounds the tokens of a call: it is at least ``8 * nranks``
+bytes a token, and at least ``torch.ops.minimax_rms._comm_size(nranks, max_tokens)``. All of this
+must be complete on the device of every rank before the first call of any, and stay until no rank
+will call any more; what is in it is the kernels' from then on. One workspace serves all layers.
+With ``nranks = 1`` it is ignored. The GPUs must have as many multiprocessors as each other, and
+ranks that share one must take turns on it, as processes do by default; a workspace of
+:class:`minimax_rms.Workspace` needs neither.
 
 All ranks must make the same calls in the same order, with the same number of tokens. Only the sums
 of squares cross the link, and ranks' sums are added in the order of the ranks: all ranks have the
 same bits. Within a rank the order depends on the row's width alone, so a token's result does not
 depend on the batch that it is in. Calls run on the current stream, without synchronisation, and can
-be captured in CUDA graphs; those of one workspace on several streams run in the order in which they
-are made. On CPU tensors of a single rank :mod:`minimax_rms.reference` runs. No operator records
-gradients.
+be captured in CUDA graphs. Eager calls with one workspace on several streams run in the order in
+which they are made; replays are for the caller to order, among each other and with eager calls. On
+CPU tensors of a single rank :mod:`minimax_rms.reference` runs. No operator records gradients.
 
 An argument that is not as described raises ``RuntimeError`` naming operator, argument, expectation
 and what came, before anything is launched. What fails while ranks talk to each other (a rank that
 does not come within the timeout, ranks that disagree on the call, two calls at once on one rank)
 makes NaNs of what that call has not written yet and of the outputs of all later ones, and raises
 ``RuntimeError`` at the next call. So does a call of more tokens than the workspace has room for,
-which exchanges nothing; with a workspace of :class:`minimax_rms.Workspace` it raises at once. Every
-wait is bounded, by ``MINIMAX_RMS_TIMEOUT`` seconds (environment variable), 30 by default.
+which exchanges nothing; with a workspace of :class:`minimax_rms.Workspace` it raises at once. What
+a call waits is bounded, by ``MINIMAX_RMS_TIMEOUT`` seconds (environment variable), 30 by default.
 """
 
 from __future__ import annotations

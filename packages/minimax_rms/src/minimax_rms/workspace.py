@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import warnings
 import weakref
@@ -54,7 +55,7 @@ _next_id = itertools.count(1)
 class Workspace:
     """RMSNorms of rows whose elements are split over a process group, by kernels where these can.
 
-    They can on up to 16 GPUs of one host with peer access (or one GPU that ranks share), of compute
+    They can on up to 16 GPUs of one host with peer access (ranks may share one), of compute
     capability 8.0 or later. Any other group goes to ``torch.distributed``, with the same results up
     to the order of additions: :attr:`fallback_reason` says why, which is logged once, to the logger
     ``minimax_rms``. One workspace serves all layers of a model.
@@ -219,7 +220,8 @@ class Workspace:
         """The ``workspace`` of the raw operators, int64 ``[3 * nranks + 2]`` on :attr:`device`.
 
         None for a single rank, which needs none, where calls go to ``torch.distributed``, and once
-        closed. Calls of the raw operators and of the methods are calls of one workspace.
+        closed. Calls of the raw operators and of the methods are calls of one workspace. Not to be
+        used once this is closed: it has addresses of memory that is gone.
         """
         return self._workspace
 
@@ -352,7 +354,9 @@ class Workspace:
 
     def _set_up(self, facts: Sequence[_Facts]) -> str | None:
         """Share memory with the peers and try it; return what failed, on whichever rank."""
-        memory = _SharedMemory(self.device, self.rank, self.nranks, self.max_tokens)
+        memory = _SharedMemory(
+            self.device, self.rank, self.nranks, self.max_tokens, _num_multiprocessors(facts)
+        )
         failure: str | None = self._peers.set_up(
             memory,
             memory.num_bytes,
@@ -412,11 +416,19 @@ _dropped: list[object] = []
 class _SharedMemory:
     """What a workspace holds on the device: buffers, its own and the peers', and its tensors."""
 
-    def __init__(self, device: torch.device, rank: int, nranks: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int,
+        nranks: int,
+        max_tokens: int,
+        num_multiprocessors: int,
+    ) -> None:
         self._device = device
         self._rank = rank
         self._nranks = nranks
         self._max_tokens = max_tokens
+        self._num_multiprocessors = num_multiprocessors
         self._comm_size: int = _ops._comm_size(nranks, max_tokens)
         self._buffers = PeerBuffers(
             device, rank, allocate=_ops._allocate, open=_ops._open, free=_ops._free
@@ -448,7 +460,8 @@ class _SharedMemory:
             tensor = torch.tensor(entries, dtype=torch.int64, device=self._device)
             # A call may be on any stream.
             torch.cuda.synchronize(self._device)
-            _ops._register(tensor, self._rank, self._nranks, self._max_tokens, PROBE_SECONDS)
+            limits = (self._max_tokens, self._num_multiprocessors, PROBE_SECONDS)
+            _ops._register(tensor, self._rank, self._nranks, *limits)
         self.tensor = tensor
 
     def announce_close(self) -> None:
@@ -497,8 +510,24 @@ def _obstacle(facts: Sequence[_Facts]) -> str | None:
     return obstacle
 
 
+def _num_multiprocessors(facts: Sequence[_Facts]) -> int:
+    """The multiprocessors to cut calls for, so that the blocks of all ranks find room at once.
+
+    The same on all ranks. Ranks that share a GPU may run on it at the same time, and of each the
+    next call's blocks wait there while this one's run.
+    """
+    ranks_on = collections.Counter(fact.device_uuid for fact in facts)
+
+    def share(fact: _Facts) -> int:
+        total: int = fact.num_multiprocessors
+        ranks = ranks_on[fact.device_uuid]
+        return total if ranks == 1 else max(1, total // (2 * ranks))
+
+    return min(map(share, facts))
+
+
 def _checked_max_tokens(max_tokens: int) -> int:
-    if not isinstance(max_tokens, int) or not 0 < max_tokens < _MAX_TOKENS:
+    if type(max_tokens) is not int or not 0 < max_tokens < _MAX_TOKENS:
         raise ValueError(f"max_tokens must be tokens in [1, 2^36), got {max_tokens!r}")
     return max_tokens
 

@@ -297,6 +297,7 @@ class Facts:
     device_name: str = ""
     device_uuid: str = ""
     capability: tuple[int, int] = (0, 0)
+    num_multiprocessors: int = 0
     problem: str | None = None  # with the device
 
     @staticmethod
@@ -318,6 +319,7 @@ class Facts:
             device_name=properties.name,
             device_uuid=str(properties.uuid),
             capability=(properties.major, properties.minor),
+            num_multiprocessors=properties.multi_processor_count,
         )
 
 

@@ -43,6 +43,40 @@ __device__ __forceinline__ void store_shared(uint64_t* address, uint64_t value) 
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// Atomics on this rank's memory. CUDA's own take any address, which may be of shared memory: a
+// thread then waits for the result to learn which it was, even if it needs none.
+__device__ __forceinline__ uint64_t fetch_add(uint64_t* address, uint64_t value) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(address), "l"(value)
+               : "memory");
+  return before;
+}
+
+__device__ __forceinline__ void add(uint64_t* address, uint64_t value) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// Stores `desired` if there is `expected`. Returns what was there.
+__device__ __forceinline__ uint64_t compare_exchange(uint64_t* address, uint64_t expected,
+                                                     uint64_t desired) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(address), "l"(expected), "l"(desired)
+               : "memory");
+  return before;
+}
+
+// Keeps what the compiler does with 64 bits on its side of this: what they come from before, and
+// what comes of them after. To look at something loaded is to wait for it.
+template <typename Value>
+__device__ __forceinline__ void keep_here(Value& value) {
+  static_assert(sizeof(Value) == sizeof(uint64_t));
+  asm volatile("" : "+l"(value));
+}
+
 __device__ __forceinline__ uint64_t nanoseconds() {
   uint64_t time;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
@@ -64,27 +98,30 @@ __device__ __forceinline__ uint64_t descriptor_of(const Params& params, uint32_t
   return params.descriptor | static_cast<uint64_t>(call) << kDescriptorCallShift;
 }
 
-// Records a failure, once for all threads and calls, here, for the host and at the peers. `detail`
-// is what the kind's field of FailureRecord holds.
+// Tells the host of a failure.
+__device__ __forceinline__ void write_record(FailureRecord* record, uint64_t failure,
+                                             uint64_t descriptor, uint64_t detail) {
+  store_shared(&record->descriptor, descriptor);
+  store_shared(&record->detail, detail);
+  __threadfence_system();
+  store_shared(&record->failure, failure);
+}
+
+// Records a failure, the first of all threads and calls, here, for the host and at the peers.
+// `detail` is that of FailureRecord.
 template <typename Params>
 __device__ __noinline__ void fail(const Params& params, FailureKind kind, uint32_t ranks,
                                   uint32_t call, uint64_t detail) {
   using Header = typename Params::Header;
   Header* own = params.header(params.rank);
+  const uint64_t none = Header::to_stored(0);
+  if (compare_exchange(&own->is_failing, none, Header::to_stored(1)) != none) return;
   const uint64_t failure = pack_failure(kind, ranks, call);
-  const unsigned long long none = Header::to_stored(0);
-  if (atomicCAS(reinterpret_cast<unsigned long long*>(&own->failure), none,
-                Header::to_stored(failure)) != none) {
-    return;
-  }
-  FailureRecord* record = params.failure_record;
-  store_shared(&record->own_descriptor, descriptor_of(params, call));
-  store_shared(kind == FailureKind::kPeerGaveUp     ? &record->peer_failure
-               : kind == FailureKind::kOverCapacity ? &record->capacity
-                                                    : &record->peer_descriptor,
-               detail);
-  __threadfence_system();
-  store_shared(&record->failure, failure);
+  store_header_word<Params>(&own->failed_descriptor, descriptor_of(params, call));
+  store_header_word<Params>(&own->failure_detail, detail);
+  __threadfence();
+  store_header_word<Params>(&own->failure, failure);
+  write_record(params.failure_record, failure, descriptor_of(params, call), detail);
   // A peer's failure is passed on as it is, so that every rank learns what happened first.
   const uint64_t told = kind == FailureKind::kPeerGaveUp ? detail : failure;
 #pragma unroll 1
@@ -92,6 +129,22 @@ __device__ __noinline__ void fail(const Params& params, FailureKind kind, uint32
     Header* peer = r != params.rank ? params.header(r) : nullptr;
     if (peer != nullptr) store_header_word<Params>(&peer->failures[params.rank], told);
   }
+}
+
+// Tells the host of this rank's failure, if there is any, once more: for calls whose record is not
+// the one that fail() wrote to.
+template <typename Params>
+__device__ __forceinline__ void report_failure(const Params& params) {
+  const auto* own = params.header(params.rank);
+  uint64_t failure = 0;
+  do {
+    failure = load_header_word<Params>(&own->failure);
+    // Who is about to write it does so in no time.
+  } while (failure == 0 && load_header_word<Params>(&own->is_failing) != 0);
+  if (failure == 0) return;
+  __threadfence();
+  write_record(params.failure_record, failure, load_header_word<Params>(&own->failed_descriptor),
+               load_header_word<Params>(&own->failure_detail));
 }
 
 // What a thread that has waited for a while does: returns the time to wait until, or zero to stop.
@@ -109,7 +162,10 @@ __device__ __noinline__ uint64_t check_wait(const Params& params, uint32_t call,
 #pragma unroll 1
   for (int r = 0; r < Header::kMaxRanks; ++r) {
     if (r == params.rank || params.header(r) == nullptr) continue;
-    if (const uint64_t failure = load_header_word<Params>(&own->failures[r])) {
+    // Who failed in a later call has done all of this one, unless two ran at once.
+    const uint64_t failure = load_header_word<Params>(&own->failures[r]);
+    if (failure != 0 && (static_cast<int32_t>(failed_call(failure) - call) <= 0 ||
+                         failure_kind(failure) == FailureKind::kConcurrentCall)) {
       fail(params, FailureKind::kPeerGaveUp, 1u << r, call, failure);
       return kStop;
     }
@@ -168,11 +224,16 @@ class Patience {
   uint32_t looks_ = 0;
 };
 
-// This block's part of one call, in the units of CallHeader::begun.
-__device__ __forceinline__ unsigned long long block_part() {
-  constexpr unsigned long long kCall = 1ull << 32;
-  const unsigned long long part = kCall / gridDim.x;
-  return blockIdx.x == 0 ? kCall - part * (gridDim.x - 1) : part;
+// This block's part of one call, in the units of CallHeader::begun. The parts of all blocks add up
+// to 2^32.
+__device__ __forceinline__ uint64_t block_part() {
+  constexpr uint64_t kCall = uint64_t{1} << 32;
+  // kCall / gridDim.x, by a division of 32 bits: one of 64 takes hundreds of cycles.
+  constexpr uint32_t kMost = 0xffffffffu;
+  const uint32_t num_blocks = gridDim.x;
+  const uint64_t part =
+      uint64_t{kMost / num_blocks} + (kMost % num_blocks == num_blocks - 1 ? 1 : 0);
+  return blockIdx.x == 0 ? kCall - part * (num_blocks - 1) : part;
 }
 
 // The failures that this rank knows of: its own, and what a peer met that then does not take part
@@ -200,7 +261,9 @@ struct Failures {
 // What a block knows of the call it is part of.
 struct PeerCall {
   uint32_t number;
-  bool has_failed;  // before it began
+  // Before it began. After wait_for_previous_grid(), the first warp of a block is to adopt
+  // Failures: not sooner, since the call before may yet succeed.
+  bool has_failed;
 };
 
 // Numbers the call. Every thread of the block calls this, before wait_for_previous_grid(): the
@@ -213,12 +276,11 @@ __device__ __forceinline__ PeerCall begin_call(const Params& params) {
     uint32_t number = 0;
     if (threadIdx.x == 0) {
       auto* own = params.header(params.rank);
-      const unsigned long long begun =
-          atomicAdd(reinterpret_cast<unsigned long long*>(&own->begun), block_part());
+      const uint64_t begun = fetch_add(&own->begun, block_part());
       number = static_cast<uint32_t>(Params::Header::from_stored(begun) >> 32) + 1;
     }
     number = __shfl_sync(0xffffffffu, number, 0);
-    const bool has_failed = __any_sync(0xffffffffu, failures.adopt(params, number));
+    const bool has_failed = __any_sync(0xffffffffu, failures.own != 0 || failures.peer != 0);
     if (threadIdx.x == 0) call = {number, has_failed};
   }
   __syncthreads();
@@ -236,31 +298,40 @@ __device__ __forceinline__ void announce_call(const Params& params,
 // Takes the call's number for this grid. That it is taken, or that the call before has not
 // completed, means that two grids run at once; what is read here is looked at later, in is_alone().
 // (Other blocks may have completed their parts of this call.) By one thread of a grid.
+template <typename Params>
 struct Claim {
-  uint32_t completed;
-  uint32_t claimed;
+  using Header = typename Params::Header;
 
-  template <typename Params>
-  static __device__ __forceinline__ Claim take(typename Params::Header* own, uint32_t call) {
-    const uint64_t completed = load_header_word<Params>(&own->completed);
-    const uint64_t claimed = Params::Header::from_stored(
-        atomicCAS(reinterpret_cast<unsigned long long*>(&own->claimed),
-                  static_cast<unsigned long long>(Params::Header::to_stored(call - 1)),
-                  static_cast<unsigned long long>(Params::Header::to_stored(call))));
-    return {static_cast<uint32_t>(completed >> 32), static_cast<uint32_t>(claimed)};
+  // As they are stored: to look at them here would be to wait for them.
+  uint64_t stored_completed;
+  uint64_t stored_claimed;
+
+  static __device__ __forceinline__ Claim take(Header* own, uint32_t call) {
+    const uint64_t completed = load_shared(&own->completed);
+    return {completed,
+            compare_exchange(&own->claimed, Header::to_stored(call - 1), Header::to_stored(call))};
   }
   // What a thread holds that takes none.
-  static __device__ __forceinline__ Claim none(uint32_t call) { return {call - 1, call - 1}; }
+  static __device__ __forceinline__ Claim none(uint32_t call) {
+    const uint64_t before = call - 1;
+    return {Header::to_stored(before << 32), Header::to_stored(before)};
+  }
 
   __device__ __forceinline__ bool is_alone(uint32_t call) const {
-    return completed == call - 1 && claimed == call - 1;
+    uint64_t completed = stored_completed;
+    uint64_t claimed = stored_claimed;
+    keep_here(completed);
+    keep_here(claimed);
+    return static_cast<uint32_t>(Header::from_stored(completed) >> 32) == call - 1 &&
+           static_cast<uint32_t>(Header::from_stored(claimed)) == call - 1;
   }
 };
 
-// Counts this block's part of the call as completed. By one thread, after all of the block's.
+// Counts this block's part of the call, block_part(), as completed. By one thread, after all of the
+// block's.
 template <typename Params>
-__device__ __forceinline__ void end_call(typename Params::Header* own) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(&own->completed), block_part());
+__device__ __forceinline__ void end_call(typename Params::Header* own, uint64_t part) {
+  add(&own->completed, part);
 }
 
 }  // namespace stable_common

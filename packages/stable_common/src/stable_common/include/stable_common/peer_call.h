@@ -44,11 +44,11 @@ constexpr uint32_t failed_call(uint64_t failure) {
 
 // The first failure of a rank, in host memory that the device can write.
 struct FailureRecord {
-  uint64_t failure;          // written last
-  uint64_t own_descriptor;   // of the call that failed
-  uint64_t peer_descriptor;  // kDisagreement: what the other rank announced
-  uint64_t peer_failure;     // kPeerGaveUp: what the other rank met
-  uint64_t capacity;         // kOverCapacity: what there is
+  uint64_t failure;     // written last
+  uint64_t descriptor;  // of the call that failed
+  // kDisagreement: the descriptor that the other rank announced. kPeerGaveUp: the failure that it
+  // met. kOverCapacity: what there is.
+  uint64_t detail;
 };
 
 // What a rank lends to its peers beside the room for data. `kEmpty` is what fresh memory is full
@@ -74,8 +74,12 @@ struct CallHeader {
   // part is the number of calls before its own, plus a fraction.
   alignas(128) uint64_t begun;
   uint64_t completed;
-  uint64_t failure;
   uint64_t claimed;  // the last call that a grid has taken for its own, in 32 bits
+  // The first failure: whether someone writes it, and what FailureRecord holds.
+  uint64_t is_failing;
+  uint64_t failed_descriptor;
+  uint64_t failure_detail;
+  uint64_t failure;  // written last
 };
 
 }  // namespace stable_common

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "stable_common/capture.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/peer_call.h"
 #include "stable_common/tensor_check.h"
@@ -68,9 +69,7 @@ class PeerFailure {
   // On the current device.
   PeerFailure(const Wording& wording, int rank, int world_size)
       : wording_(wording), rank_(rank), world_size_(world_size) {
-    // Legal while a stream captures: nothing here is work on a stream.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    STABLE_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+    const RelaxedCapture relaxed;
     void* record = nullptr;
     void* device_record = nullptr;
     cudaError_t error =
@@ -80,7 +79,6 @@ class PeerFailure {
       error = cudaHostGetDevicePointer(&device_record, record, 0);
       if (error != cudaSuccess) (void)cudaFreeHost(record);
     }
-    (void)cudaThreadExchangeStreamCaptureMode(&mode);
     STABLE_CUDA_CHECK(error);
     record_ = static_cast<FailureRecord*>(record);
     device_record_ = static_cast<FailureRecord*>(device_record);
@@ -105,7 +103,7 @@ class PeerFailure {
   // The ranks that did not take part in the call that failed, if that is how it did.
   std::vector<int64_t> missing_ranks() const {
     uint64_t cause = failure();
-    if (failure_kind(cause) == FailureKind::kPeerGaveUp) cause = record_->peer_failure;
+    if (failure_kind(cause) == FailureKind::kPeerGaveUp) cause = record_->detail;
     if (failure_kind(cause) != FailureKind::kTimeout) return {};
     return list_ranks(failed_ranks(cause));
   }
@@ -128,8 +126,8 @@ class PeerFailure {
         break;
       case FailureKind::kDisagreement:
         text << "ranks disagree in call " << call << ": rank " << rank_ << " " << wording_.verb
-             << " " << wording_.describe(record_->own_descriptor) << ", " << ranks << " "
-             << wording_.describe(record_->peer_descriptor);
+             << " " << wording_.describe(record_->descriptor) << ", " << ranks << " "
+             << wording_.describe(record_->detail);
         break;
       case FailureKind::kPeerClosed:
         text << ranks << " had closed before call " << call << who.str();
@@ -140,13 +138,13 @@ class PeerFailure {
              << ", graph replays included, on one stream or by events";
         break;
       case FailureKind::kOverCapacity:
-        text << "call " << call << " of " << wording_.describe(record_->own_descriptor)
+        text << "call " << call << " of " << wording_.describe(record_->descriptor)
              << " exceeds the capacity of the " << wording_.object << ", "
-             << wording_.describe_capacity(record_->capacity) << who.str();
+             << wording_.describe_capacity(record_->detail) << who.str();
         break;
       default:
-        text << ranks << " gave up in call " << failed_call(record_->peer_failure) << ", "
-             << cause_text(record_->peer_failure) << who.str();
+        text << ranks << " gave up in call " << failed_call(record_->detail) << ", "
+             << cause_text(record_->detail) << who.str();
     }
     text << "; this " << wording_.object << " can only be closed now";
     check(false, op, text.str());

@@ -42,4 +42,9 @@ inline cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// torch's current device: torch remembers it, other copies of the CUDA runtime do not.
+inline int32_t current_device_index() {
+  return torch::stable::accelerator::getCurrentDeviceIndex();
+}
+
 }  // namespace stable_common

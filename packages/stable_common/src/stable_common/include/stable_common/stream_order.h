@@ -3,12 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include "stable_common/capture.h"
 #include "stable_common/cuda_check.h"
 
 namespace stable_common {
 
 // For calls that on two streams at once would read each other's data. Events are recorded once a
-// second stream has been seen while the first was at work. Not thread-safe.
+// second stream has been seen while the first was at work. Not thread-safe. A stream with a call
+// must not be destroyed before one of another stream: torch's own streams never are.
 class StreamOrder {
  public:
   StreamOrder() = default;
@@ -23,11 +25,11 @@ class StreamOrder {
   bool begin_call(cudaStream_t stream) {
     if (has_called_ && stream == last_stream_ && !has_several_streams_) return false;
     // What is captured runs when its graph does, and is ordered where that is launched.
-    if (captures(stream)) return true;
+    if (is_capturing(stream)) return true;
     if (!has_called_ || stream == last_stream_) return false;
     if (!has_several_streams_) {
       // A stream that has begun to capture can be neither asked nor waited for.
-      if (captures(last_stream_)) return false;
+      if (is_capturing(last_stream_)) return false;
       const cudaError_t busy = cudaStreamQuery(last_stream_);
       if (busy == cudaSuccess) return false;
       if (busy != cudaErrorNotReady) STABLE_CUDA_CHECK(busy);
@@ -50,12 +52,6 @@ class StreamOrder {
   }
 
  private:
-  static bool captures(cudaStream_t stream) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    STABLE_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    return status != cudaStreamCaptureStatusNone;
-  }
-
   cudaEvent_t last_call_ = nullptr;
   cudaStream_t last_stream_ = nullptr;
   bool has_called_ = false;
