@@ -42,14 +42,26 @@ class RankStreams:
         for stream in self.streams:
             current.wait_stream(stream)
 
-    def capture(self, call: Callable[[int], object]) -> list[torch.cuda.CUDAGraph]:
-        """Each rank's ``call(rank)`` as a graph."""
+    def capture(
+        self,
+        call: Callable[[int], object],
+        *,
+        error_mode: str = "global",
+        keeper: torch.cuda.CUDAGraph | None = None,
+    ) -> list[torch.cuda.CUDAGraph]:
+        """Each rank's ``call(rank)`` as a graph.
+
+        ``error_mode`` is CUDA's mode of capture. With ``keeper``, what the calls allocate is of its
+        memory pool.
+        """
         graphs = [torch.cuda.CUDAGraph() for _ in range(self.world_size)]
         torch.cuda.synchronize()
         for rank, graph in enumerate(graphs):
             # torch.cuda.graph would collect garbage each time.
             with torch.cuda.stream(self.streams[rank]):
-                graph.capture_begin()
+                graph.capture_begin(
+                    pool=None if keeper is None else keeper.pool(), capture_error_mode=error_mode
+                )
                 try:
                     call(rank)
                 finally:

@@ -1,0 +1,77 @@
+"""A process and a GPU for each rank. What each rank does is in minimax_gpu_workers.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import minimax_gpu_workers as workers
+import minimax_rms
+import pytest
+import torch
+from rank_processes import RankProcesses, cuda_devices
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
+MAX_WORLD_SIZE = 16
+
+pytestmark = [
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+WORLD_SIZES = range(2, max(min(torch.cuda.device_count(), MAX_WORLD_SIZE), 2) + 1)
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda n: f"{n}_gpus")
+def processes(request: pytest.FixtureRequest) -> Iterator[RankProcesses]:
+    """Ranks whose group takes CPU tensors to gloo and CUDA tensors to NCCL."""
+    # Streams that wait for peers have hardware queues of their own.
+    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    backend = "cpu:gloo,cuda:nccl"
+    with RankProcesses(request.param, cuda_devices(), env=env, backend=backend) as processes:
+        yield processes
+
+
+def run_all(processes: RankProcesses, *args: object) -> None:
+    if processes.is_broken:
+        pytest.fail("an earlier test ended these processes")
+    processes.run(*args)  # type: ignore[arg-type]
+
+
+def test_sizes(processes: RankProcesses, seed: int) -> None:
+    run_all(processes, workers.sweep, seed, 8192)
+
+
+def test_alternating_devices(processes: RankProcesses, seed: int) -> None:
+    run_all(processes, workers.alternating_devices, seed)
+
+
+def test_graphs(processes: RankProcesses, seed: int) -> None:
+    run_all(processes, workers.graphs, seed, 4)
+
+
+def test_two_workspaces(processes: RankProcesses, seed: int) -> None:
+    run_all(processes, workers.two_workspaces, seed)
+
+
+def test_same_as_fallback(processes: RankProcesses, seed: int) -> None:
+    run_all(processes, workers.same_as_fallback, seed)
+
+
+def test_example() -> None:
+    package_root = str(Path(minimax_rms.__file__).parent.parent)
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    run = subprocess.run(
+        [sys.executable, EXAMPLE],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    for rank in range(2):
+        line = next(line for line in run.stdout.splitlines() if f"rank {rank} on cuda:" in line)
+        assert "(by the kernels)" in line

@@ -1,0 +1,145 @@
+"""A process for each rank, over gloo, on the GPUs there are: IPC, and ranks that fail.
+
+Processes that share a GPU take turns on it, so a call takes milliseconds. What each rank does is in
+minimax_gpu_workers.py.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import minimax_gpu_workers as workers
+import pytest
+import torch
+from minimax_arithmetic import DTYPES
+from rank_processes import Died, RankProcesses, cuda_devices, spawn_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def pair_holder() -> Iterator[list[RankProcesses]]:
+    holder: list[RankProcesses] = []
+    yield holder
+    for processes in holder:
+        processes.close()
+
+
+@pytest.fixture
+def run_pair(pair_holder: list[RankProcesses]) -> Run:
+    """Runs a function on two ranks, which stay for the next test as long as none fails."""
+    if not pair_holder or pair_holder[-1].is_broken:
+        # Without worker processes of torch.compile's own.
+        env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        pair_holder.append(RankProcesses(2, cuda_devices(), env=env))
+    return pair_holder[-1].run
+
+
+def test_two_ranks(run_pair: Run, seed: int) -> None:
+    run_pair(workers.eager, seed, [0, 1, 5, 200, 1024, 3])
+
+
+def test_graphs(run_pair: Run, seed: int) -> None:
+    run_pair(workers.graphs, seed, 4)
+
+
+def test_existing_caller(run_pair: Run, seed: int) -> None:
+    run_pair(workers.existing_caller, seed)
+
+
+def test_compile(run_pair: Run, seed: int) -> None:
+    run_pair(workers.compiled, seed)
+
+
+def test_same_as_fallback(run_pair: Run, seed: int) -> None:
+    run_pair(workers.same_as_fallback, seed)
+
+
+def test_late_rank(run_pair: Run, seed: int) -> None:
+    for late in range(2):
+        waited = run_pair(workers.late_rank, seed, late, 1.5)
+        assert 1 < waited[1 - late] < 5
+        assert waited[late] < 1.5
+
+
+def test_absent_rank(run_pair: Run, seed: int) -> None:
+    present, absent = run_pair(workers.absent_rank, seed, 1, 2.0)
+    assert 1.9 < present["waited"] < 4
+    for kind, text in present["errors"]:
+        assert kind == "RuntimeError"
+        assert "rank 1 did not take part in call " in text
+        assert "within 2 s (this is rank 0 of 2)" in text
+    assert present["missing"] == [1]
+    assert absent["waited"] < 1.5
+    for kind, text in absent["errors"]:
+        assert kind == "RuntimeError"
+        assert "rank 0 gave up in call " in text
+
+
+def test_opening_and_closing_leaks_nothing(run_pair: Run) -> None:
+    for left in run_pair(workers.open_and_close, 100):
+        assert left["device bytes"] <= 4 << 20
+        assert left["files"] <= 4
+        assert left["mappings"] < 50
+
+
+@pytest.mark.parametrize("liar", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (
+            "lost",
+            r"rank \d could not verify its peers' writes: .*rank \d (gave up|did not take part) in",
+        ),
+        (
+            "wrong",
+            r"rank \d could not verify its peers' writes: sums of what the peers wrote are wrong",
+        ),
+    ],
+    ids=["lost", "wrong"],
+)
+def test_bad_writes(run_pair: Run, seed: int, how: str, reason: str, liar: int) -> None:
+    """Found when the workspace is made, on the rank that sees them and on the one that does not.
+
+    Its calls go through the process group, and the next workspace works.
+    """
+    results = run_pair(workers.bad_writes, seed, liar, how)
+    assert results[0] == results[1]
+    for found, next_reason in results:
+        assert re.match(reason, found), found
+        assert next_reason is None
+
+
+@pytest.mark.parametrize("world_size", [3, 16])
+def test_more_ranks(seed: int, world_size: int) -> None:
+    """Few calls: each takes as many turns as there are processes on a GPU."""
+    tokens = [1, 7, 33] if world_size < 8 else [5]
+    dtypes = DTYPES if world_size < 8 else [torch.bfloat16]
+    spawn_ranks(
+        *(world_size, workers.eager, seed, tokens, workers.MAX_TOKENS, dtypes),
+        devices=cuda_devices(),
+    )
+
+
+def test_killed_rank(seed: int) -> None:
+    """Each survivor names it in time, and they go on without it."""
+    timeout, victim = 3.0, 1
+    results = spawn_ranks(
+        *(3, workers.survive_a_kill, seed, victim, timeout),
+        devices=cuda_devices(),
+        may_die=[victim],
+    )
+    assert results.pop(victim) == Died(-signal.SIGKILL)
+    for result in results:
+        assert result["calls"] > 0
+        assert "rank 1 did not take part" in result["message"]
+        assert result["waited"] < timeout + 3
+        assert result["missing"] == [victim]
