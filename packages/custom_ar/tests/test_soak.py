@@ -8,30 +8,23 @@ from __future__ import annotations
 import os
 
 import pytest
-import soak
 import torch
 from rank_processes import cuda_devices
+from rank_soak import check_soak
+from soak import Soak
 
 CALLS = int(os.environ.get("CUSTOM_AR_SOAK_CALLS") or 20_000)
 # Ranks that share a GPU take turns on it: a call takes milliseconds.
 CALLS_PER_SHARED_CALL = 20
 
 
-def check(calls: int, world_size: int, devices: list[str], seed: int) -> None:
-    result = soak.run_soak(calls, world_size, devices, seed)
-    assert not result.faults()
-    for record in result.stretches:
-        assert sum(record["calls"].values()) >= calls
-        assert min(record["calls"].values()) > calls // 4
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_ranks_of_one_gpu(seed: int) -> None:
-    check(CALLS // CALLS_PER_SHARED_CALL, 2, cuda_devices()[:1], seed)
+    check_soak(Soak, CALLS // CALLS_PER_SHARED_CALL, cuda_devices()[:1], seed)
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_gpu_for_each_rank(seed: int) -> None:
-    check(CALLS, min(torch.cuda.device_count(), 8), cuda_devices(), seed)
+    check_soak(Soak, CALLS, cuda_devices(), seed)
