@@ -18,6 +18,9 @@ SANITIZER_TOOLS: dict[str, tuple[list[str], str]] = {
     "racecheck": ([], "0 hazards displayed (0 errors"),
 }
 
+# The exit code of a script that cannot make its calls under a tool: kernels do not run at once.
+SERIALISED = 3
+
 
 def driver_version() -> str:
     """The version of the NVIDIA driver, from NVML."""

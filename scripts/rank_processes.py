@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -281,6 +282,28 @@ def spawn_ranks(
     """Start the processes of a ``RankProcesses``, run one function on them and end them."""
     with RankProcesses(world_size, devices, env=env, backend=backend) as processes:
         return processes.run(function, *args, timeout=timeout, may_die=may_die)
+
+
+def left_behind(rank: Rank, run: Callable[[int], None], rounds: int) -> dict[str, int]:
+    """What ``run(rounds)`` leaves behind, after some: device bytes, open files, mappings."""
+
+    def usage() -> dict[str, int]:
+        gc.collect()
+        torch.cuda.synchronize()
+        dist.barrier(rank.group)
+        used = {
+            "device bytes": -torch.cuda.mem_get_info(rank.device)[0],
+            "files": len(os.listdir("/proc/self/fd")),
+            "mappings": Path("/proc/self/maps").read_text().count("\n"),
+        }
+        dist.barrier(rank.group)
+        return used
+
+    run(20)
+    before = usage()
+    run(rounds)
+    after = usage()
+    return {name: after[name] - before[name] for name in before}
 
 
 def cuda_devices() -> list[str]:

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import custom_ar
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from all_reduce_cases import DTYPES, assert_same_bits, differing, random_inputs
 from custom_ar import reference
-from rank_processes import Rank
+from rank_processes import Rank, left_behind
 from torch import Tensor
 
 TIMEOUT = 30.0
@@ -239,23 +238,7 @@ def open_and_close(rank: Rank, rounds: int) -> dict[str, int]:
         world_size = rank.world_size
         assert (out == world_size * (world_size + 1) // 2).all()
 
-    def usage() -> dict[str, int]:
-        gc.collect()
-        torch.cuda.synchronize()
-        dist.barrier(rank.group)
-        used = {
-            "device bytes": -torch.cuda.mem_get_info(rank.device)[0],
-            "files": len(os.listdir("/proc/self/fd")),
-            "mappings": Path("/proc/self/maps").read_text().count("\n"),
-        }
-        dist.barrier(rank.group)
-        return used
-
-    run(20)
-    before = usage()
-    run(rounds)
-    after = usage()
-    return {name: after[name] - before[name] for name in before}
+    return left_behind(rank, run, rounds)
 
 
 def absent_rank(rank: Rank, seed: int, absent: int, timeout: float) -> dict[str, Any]:

@@ -25,11 +25,11 @@ import torch
 from all_reduce_cases import DTYPES, as_bits, differing, random_inputs, special_words
 from custom_ar import reference
 from exact_tensors import exact_copy
+from gpu_machine import SERIALISED
 from local_ranks import LocalRanks
 from rank_streams import why_not_at_once
 from torch import Tensor
 
-SERIALISED = 3
 WORLD_SIZES = (2, 3)
 TUNINGS = (None, (0, 1, 64, 1), (0, 3, 96, 2), (1, 1, 64, 1), (1, 3, 96, 4))
 LENGTHS = (1, 2, 7, 8, 9, 63, 257, 1000)

@@ -7,13 +7,13 @@ shared memory: it is here so that they stay free of such races if they come to u
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import deepseek_mla
 import pytest
 import torch
-from gpu_machine import SANITIZER_TOOLS, find_sanitizer, run_under_sanitizer
+from gpu_machine import SANITIZER_TOOLS, find_sanitizer
+from sanitizer_checks import check_clean, check_overrun
 
 DRIVER = Path(__file__).with_name("sanitizer_driver.py")
 
@@ -27,12 +27,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("tool", SANITIZER_TOOLS)
 def test_clean(tool: str) -> None:
-    run = run_under_sanitizer(tool, deepseek_mla, DRIVER)
-    output = run.stdout + run.stderr
-    assert run.returncode == 0, output[-4000:]
-    assert re.search(r"^\d{2,} calls$", run.stdout, re.MULTILINE), output[-4000:]
-    _, clean = SANITIZER_TOOLS[tool]
-    assert clean in output, output[-4000:]
+    check_clean(tool, deepseek_mla, DRIVER)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +35,4 @@ def test_clean(tool: str) -> None:
 )
 def test_memcheck_reports_an_overrun(name: str, access: str) -> None:
     """One row less than the tensor's shape says is one row too few."""
-    run = run_under_sanitizer("memcheck", deepseek_mla, DRIVER, name)
-    output = run.stdout + run.stderr
-    assert run.returncode != 0, output[-4000:]
-    invalid = rf"Invalid __global__ {access} of size \d+ bytes.*?fused_insert_kernel"
-    assert re.search(invalid, output, re.DOTALL), output[:4000]
+    check_overrun(deepseek_mla, DRIVER, name, access, kernel="fused_insert_kernel")

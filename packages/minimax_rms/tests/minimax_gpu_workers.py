@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,7 +26,7 @@ from minimax_arithmetic import (
 )
 from minimax_cases import EPS, Problem, m2_widths, make_problem
 from minimax_local_ranks import POISON
-from rank_processes import Rank
+from rank_processes import Rank, left_behind
 from rank_reports import error_of
 from torch import Tensor
 
@@ -260,23 +259,7 @@ def open_and_close(rank: Rank, rounds: int) -> dict[str, int]:
                 out = workspace.allreduce_rms(x, weight)
         assert out.isfinite().all()
 
-    def usage() -> dict[str, int]:
-        gc.collect()
-        torch.cuda.synchronize()
-        dist.barrier(rank.group)
-        used = {
-            "device bytes": -torch.cuda.mem_get_info(rank.device)[0],
-            "files": len(os.listdir("/proc/self/fd")),
-            "mappings": Path("/proc/self/maps").read_text().count("\n"),
-        }
-        dist.barrier(rank.group)
-        return used
-
-    run(20)
-    before = usage()
-    run(rounds)
-    after = usage()
-    return {name: after[name] - before[name] for name in before}
+    return left_behind(rank, run, rounds)
 
 
 def late_rank(rank: Rank, seed: int, late: int, seconds: float) -> float:

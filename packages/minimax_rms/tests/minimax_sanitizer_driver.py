@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
 import torch
 from exact_tensors import exact_copy
+from gpu_machine import SERIALISED
 from minimax_arithmetic import DTYPES, outside
 from minimax_cases import TUNINGS, Problem, make_problem
 from minimax_local_ranks import LocalRanks
 from rank_streams import SLEEP_CYCLES, why_not_at_once
 from torch import Tensor
 
-SERIALISED = 3
 NRANKS = (1, 2, 3)
 # Tokens, and vectors of q and k.
 SHAPES = ((1, (1, 1)), (5, (77, 5)), (2, (450, 7)), (33, (5, 3)), (3, (64, 0)))

@@ -6,17 +6,15 @@ report one. racecheck: no race in shared memory, which is all that it looks at.
 
 from __future__ import annotations
 
-import re
-import subprocess
 from pathlib import Path
 
 import minimax_rms
 import pytest
 import torch
-from gpu_machine import SANITIZER_TOOLS, find_sanitizer, run_under_sanitizer
+from gpu_machine import SANITIZER_TOOLS, find_sanitizer
+from sanitizer_checks import check_clean, check_overrun
 
 DRIVER = Path(__file__).with_name("minimax_sanitizer_driver.py")
-SERIALISED = 3  # the driver's exit code where kernels do not run at once
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.sanitizer,
@@ -25,23 +23,9 @@ pytestmark = [
 ]
 
 
-def run_driver(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    run = run_under_sanitizer(tool, minimax_rms, DRIVER, *arguments)
-    if run.returncode == SERIALISED:
-        reason = re.search(r"^kernels of .*$", run.stdout, re.MULTILINE)
-        assert reason, run.stdout + run.stderr
-        pytest.skip(f"under {tool} {reason[0]}")
-    return run
-
-
 @pytest.mark.parametrize("tool", SANITIZER_TOOLS)
 def test_clean(tool: str) -> None:
-    run = run_driver(tool)
-    output = run.stdout + run.stderr
-    assert run.returncode == 0, output[-4000:]
-    assert re.search(r"^\d{2,} calls$", run.stdout, re.MULTILINE), output[-4000:]
-    _, clean = SANITIZER_TOOLS[tool]
-    assert clean in output, output[-4000:]
+    check_clean(tool, minimax_rms, DRIVER)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +33,4 @@ def test_clean(tool: str) -> None:
 )
 def test_memcheck_reports_an_overrun(name: str, access: str) -> None:
     """A vector more than the allocation has is one too many."""
-    run = run_driver("memcheck", name)
-    output = run.stdout + run.stderr
-    assert run.returncode != 0, output[-4000:]
-    invalid = rf"Invalid __global__ {access} of size \d+ bytes\s+=+\s+at [^\n]*minimax_rms::"
-    assert re.search(invalid, output), output[:4000]
+    check_overrun(minimax_rms, DRIVER, name, access)
