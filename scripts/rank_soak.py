@@ -34,6 +34,7 @@ GRAPHS = 24
 CALLS_PER_CHECK = 1000
 DELAYED_STEPS = 0.02
 TIMEOUT = 30.0
+SOAK_SECONDS = 600.0
 KILL_TIMEOUT = 4.0
 KILL_STRETCH = 60.0
 
@@ -243,16 +244,11 @@ class Result:
 
 
 def run_soak(
-    kind: type[Soak],
-    calls: int,
-    world_size: int,
-    devices: list[str],
-    seed: int,
-    timeout: float = 600,
+    kind: type[Soak], calls: int, world_size: int, devices: list[str], seed: int
 ) -> Result:
     """Soak ``world_size`` ranks for ``calls`` calls, then once more with a rank killed."""
     stretches = spawn_ranks(
-        *(world_size, stretch, kind, seed, calls), devices=devices, timeout=timeout
+        *(world_size, stretch, kind, seed, calls), devices=devices, timeout=SOAK_SECONDS
     )
     victim = world_size - 1
     survivors = spawn_ranks(

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import itertools
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import custom_ar
+import peer_group_workers
 import rank_reports
 import torch
 import torch.distributed as dist
 from custom_ar import communicator as module
+from peer_group_workers import operators_replaced, resource_warnings
 from rank_processes import Rank
 from rank_reports import error_of
 from torch import Tensor
@@ -199,102 +195,26 @@ def compiled_with_inductor(rank: Rank) -> None:
             assert torch.equal(second, communicator.all_reduce(first.t()))
 
 
-def subgroup(rank: Rank, members: list[int]) -> tuple[str | None, list[tuple[str, str]]] | str:
-    """In a group of some of the ranks; the error of the others."""
-    group = dist.new_group(members, backend="gloo")
-    if rank.rank not in members:
-        kind, text = error_of(custom_ar.Communicator, group, "cpu")
-        assert kind == "ValueError"
-        return text
-    inside = Rank(members.index(rank.rank), len(members), rank.device, group, rank.directory)
-    result = fallback(inside)
-    dist.destroy_process_group(group)
-    return result
-
-
-def spanning_hosts(rank: Rank, hosts: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
-    """Ranks that believe to be on these hosts."""
-    host = hosts[rank.rank]
-    with mock.patch.object(module, "_host", return_value=(host, f"boot id of {host}")):
-        return fallback(rank)
-
-
-def without_cpu_backend(rank: Rank) -> tuple[str, str]:
-    group = dist.new_group(backend="cuda:gloo")
-    return error_of(custom_ar.Communicator, group, "cpu")
-
-
-def bad_argument(
-    rank: Rank, bad_rank: int, arguments: dict[str, Any], environment: dict[str, str]
-) -> tuple[str, str]:
-    """The error of each rank where one has a bad argument; the next communicator works."""
-    is_bad = rank.rank == bad_rank
-    with mock.patch.dict(os.environ, environment if is_bad else {}):
-        error = error_of(
-            custom_ar.Communicator, rank.group, **{"device": "cpu", **(arguments if is_bad else {})}
-        )
-    default_group(rank)
-    return error
-
-
-def other_version(rank: Rank) -> tuple[str, str]:
-    with mock.patch.object(module, "_VERSION", f"1.{rank.rank}"):
-        return error_of(custom_ar.Communicator, rank.group, "cpu")
-
-
-def timeouts(rank: Rank) -> list[float]:
-    """From the argument, the environment, and neither."""
-    with mock.patch.dict(os.environ, {"CUSTOM_AR_TIMEOUT": "2.5"}):
-        given = custom_ar.Communicator(rank.group, "cpu", timeout=1)
-        named = custom_ar.Communicator(rank.group, "cpu")
-    with mock.patch.dict(os.environ, {"CUSTOM_AR_TIMEOUT": ""}):
-        neither = custom_ar.Communicator(rank.group, "cpu")
-    return [each.timeout for each in (given, named, neither)]
-
-
-class StandIn:
-    """The operators, by a process group on the CPU: what a communicator asks of them, and when.
-
-    ``failing`` names operators that raise, or ``writes``, which the peers do not see then.
-    """
+class StandIn(peer_group_workers.StandIn):
+    """The operators, as a communicator asks for them."""
 
     def __init__(self, rank: Rank, failing: str | None = None) -> None:
-        self.rank = rank
-        self.failing = failing
-        self.calls: list[str] = []
-        self.own: set[int] = set()
-        self.opened: set[int] = set()
+        super().__init__(rank, failing)
         self.live: set[int] = set()
-        self.timeouts: list[float] = []
-        self.open_peers: list[int] = []
-        self.missing: list[int] = []
-        self.failure: str | None = None
-        self._addresses = itertools.count(1000 * (rank.rank + 1))
-
-    def _enter(self, name: str) -> None:
-        self.calls.append(name)
-        if name == self.failing:
-            raise RuntimeError(f"{name} failed\nand more lines")
 
     def _buffer_size(self, world_size: int, max_size: int) -> int:
         return torch.ops.custom_ar._buffer_size(world_size, max_size)
 
     def allocate_shared_buffer_and_handle(self, size: int) -> tuple[int, Tensor]:
-        self._enter("allocate_shared_buffer_and_handle")
-        address = next(self._addresses)
-        self.own.add(address)
-        return address, torch.full((64,), self.rank.rank, dtype=torch.uint8)
+        self.enter("allocate_shared_buffer_and_handle")
+        return self.allocate()
 
     def open_mem_handle(self, mem_handle: Tensor) -> int:
-        self._enter("open_mem_handle")
-        assert mem_handle.shape == (64,)
-        assert mem_handle[0] != self.rank.rank
-        address = next(self._addresses)
-        self.opened.add(address)
-        return address
+        self.enter("open_mem_handle")
+        return self.open(mem_handle)
 
     def init_custom_ar(self, addresses: list[int], rank_data: Tensor, rank: int, full: bool) -> int:
-        self._enter("init_custom_ar")
+        self.enter("init_custom_ar")
         assert rank == self.rank.rank
         assert len(addresses) == self.rank.world_size
         assert set(addresses) == self.own | self.opened
@@ -335,17 +255,16 @@ class StandIn:
         return out if self.try_all_reduce(fa, inp, out, max_size) else None
 
     def _check(self, fa: int) -> None:
-        self._enter("_check")
+        self.enter("_check")
         assert fa in self.live
-        if self.failure is not None:
-            raise RuntimeError(self.failure)
+        self.check()
 
     def _missing_ranks(self, fa: int) -> list[int]:
         assert fa in self.live
         return list(self.missing)
 
     def _announce_close(self, fa: int) -> None:
-        self._enter("_announce_close")
+        self.enter("_announce_close")
         assert fa in self.live
 
     def _open_peers(self, fa: int) -> list[int]:
@@ -354,31 +273,37 @@ class StandIn:
         return list(self.open_peers)
 
     def dispose(self, fa: int) -> None:
-        self._enter("dispose")
+        self.enter("dispose")
         self.live.remove(fa)
         self.opened.clear()
 
     def free_shared_buffer(self, address: int) -> None:
-        self._enter("free_shared_buffer")
-        (self.own if address in self.own else self.opened).remove(address)
+        self.enter("free_shared_buffer")
+        self.free(address)
 
     def holds_nothing(self) -> bool:
-        return not (self.own or self.opened or self.live)
+        return super().holds_nothing() and not self.live
 
 
 @contextlib.contextmanager
 def stand_in(rank: Rank, failing: str | None = None) -> Iterator[StandIn]:
     """Lets communicators of CPU tensors take the way that those of CUDA tensors take."""
     ops = StandIn(rank, failing)
-    with (
-        mock.patch.object(module, "_ops", ops),
-        mock.patch.object(module, "_try_all_reduce", ops.try_all_reduce),
-        mock.patch.object(module, "_try_all_reduce_new", ops.try_all_reduce_new),
-        mock.patch.object(module, "_obstacle", return_value=None),
-        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "synchronize"),
-    ):
+    functions = {
+        "_try_all_reduce": ops.try_all_reduce,
+        "_try_all_reduce_new": ops.try_all_reduce_new,
+    }
+    with operators_replaced(module, ops, **functions):
         yield ops
+
+
+class Kind(peer_group_workers.Kind):
+    owner = custom_ar.Communicator
+    module = module
+    timeout_variable = "CUSTOM_AR_TIMEOUT"
+    fallback = staticmethod(fallback)
+    default_group = staticmethod(default_group)
+    stand_in = staticmethod(stand_in)
 
 
 def failing_step(
@@ -457,80 +382,20 @@ def kernels(rank: Rank) -> list[tuple[str, str]]:
     return log
 
 
-def closing(rank: Rank, timeout: float) -> dict[str, Any]:
-    """Peers that stay open are waited for, in bounds; missing ranks are not."""
-    result: dict[str, Any] = {}
-    with stand_in(rank) as ops, logged() as lines:
-
-        def close() -> float:
-            communicator = custom_ar.Communicator(rank.group, rank.device, timeout=timeout)
-            ops.open_peers = [1 - rank.rank]
-            begin = time.monotonic()
-            communicator.close()
-            seconds = time.monotonic() - begin
-            assert ops.holds_nothing()
-            assert communicator.missing_ranks == ops.missing
-            return seconds
-
-        result["open"] = close()
-        result["open lines"] = list(lines)
-        lines.clear()
-        ops.missing = [1 - rank.rank]
-        result["missing"] = close()
-        ops.missing = []
-        result["missing lines"] = list(lines)
-        # The device has failed for good: nothing can be released, and nothing is raised.
-        ops.failing = None
-        communicator = custom_ar.Communicator(rank.group, rank.device, timeout=timeout)
-        ops.failing = "_announce_close"
-        communicator.close()
-        assert communicator.closed
-        assert ops.holds_nothing()
-        result["failed lines"] = list(lines)
-    return result
-
-
 def forgotten(rank: Rank) -> list[str]:
     """A communicator that is dropped says so, waits for nothing and leaves its memory alone."""
     with stand_in(rank) as ops:
-        communicator = custom_ar.Communicator(rank.group, rank.device, timeout=60)
+        kept = [custom_ar.Communicator(rank.group, rank.device, timeout=60)]
         ops.open_peers = [1 - rank.rank]
         begin = time.monotonic()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            del communicator
-            gc.collect()
+        texts = resource_warnings(kept.clear)
         assert time.monotonic() - begin < 5
         assert ops.own
         assert ops.live
-        texts = [str(w.message) for w in caught if w.category is ResourceWarning]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        communicator = custom_ar.Communicator(rank.group, rank.device)
-        identity = communicator._id
-        del communicator
-        gc.collect()
-    assert [w for w in caught if w.category is ResourceWarning] == []
+    kept = [custom_ar.Communicator(rank.group, rank.device)]
+    identity = kept[0]._id
+    assert resource_warnings(kept.clear) == []
     kind, text = error_of(torch.ops.custom_ar.functional_all_reduce, torch.ones(1), identity)
     assert kind == "RuntimeError"
     assert text.startswith("custom_ar::functional_all_reduce: communicator must be the id of")
     return texts
-
-
-def facts(count: int, **changes: Any) -> list[Any]:
-    """What ``count`` ranks on one host of good GPUs know of themselves."""
-    one = SimpleNamespace(
-        version="1",
-        max_size=1,
-        host_name="a",
-        host_id="a",
-        device="cuda",
-        device_name="GPU",
-        device_uuid="u",
-        capability=(9, 0),
-        problem=None,
-    )
-    ranks = [SimpleNamespace(**vars(one)) for _ in range(count)]
-    for name, value in changes.items():
-        setattr(ranks[-1], name, value)
-    return ranks

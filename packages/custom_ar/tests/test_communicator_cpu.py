@@ -18,6 +18,7 @@ from unittest import mock
 
 import communicator_workers as workers
 import custom_ar
+import peer_group_workers as shared
 import pytest
 import torch
 import torch.distributed as dist
@@ -91,7 +92,7 @@ def test_compile_with_inductor(two: Run) -> None:
 
 @pytest.mark.parametrize("members", [[0, 2], [2, 1]], ids=str)
 def test_subgroup(three: Run, members: list[int]) -> None:
-    results = three(workers.subgroup, sorted(members))
+    results = three(shared.subgroup, workers.Kind, sorted(members))
     [outside] = set(range(3)) - set(members)
     assert results.pop(outside) == (
         "custom_ar.Communicator: group must be a process group, got one that this process is not in"
@@ -101,12 +102,12 @@ def test_subgroup(three: Run, members: list[int]) -> None:
 
 
 def test_subgroup_of_one(three: Run) -> None:
-    results = three(workers.subgroup, [1])
+    results = three(shared.subgroup, workers.Kind, [1])
     assert results[1] == (None, [])
 
 
 def test_group_that_spans_hosts(three: Run) -> None:
-    results = three(workers.spanning_hosts, ["a", "b", "a"])
+    results = three(shared.spanning_hosts, workers.Kind, ["a", "b", "a"])
     assert_one_line(results, "the group spans hosts: ranks 0, 2 on a, rank 1 on b")
 
 
@@ -115,7 +116,7 @@ def test_group_without_a_cpu_backend(two: Run) -> None:
         "custom_ar.Communicator: group must have a CPU backend, to exchange handles, got "
         "'cuda:gloo'; make it with the backend 'gloo' or 'cpu:gloo,cuda:nccl'"
     )
-    assert two(workers.without_cpu_backend) == [("ValueError", expected)] * 2
+    assert two(shared.without_cpu_backend, workers.Kind) == [("ValueError", expected)] * 2
 
 
 def test_no_default_group() -> None:
@@ -159,13 +160,13 @@ def test_bad_argument_of_one_rank(
     two: Run, arguments: dict[str, Any], environment: dict[str, str], message: str
 ) -> None:
     """All ranks raise, so that none waits for another."""
-    good, bad = two(workers.bad_argument, 1, arguments, environment)
+    good, bad = two(shared.bad_argument, workers.Kind, 1, arguments, environment)
     assert bad == ("ValueError", f"custom_ar.Communicator: {message}")
     assert good == ("ValueError", f"custom_ar.Communicator: on rank 1, {message}")
 
 
 def test_bad_argument_of_one_rank_alone(one: Run) -> None:
-    [error] = one(workers.bad_argument, 0, {"max_size": -1}, {})
+    [error] = one(shared.bad_argument, workers.Kind, 0, {"max_size": -1}, {})
     assert error == (
         "ValueError",
         "custom_ar.Communicator: max_size must be bytes in [1, 2^40], got -1",
@@ -177,7 +178,10 @@ def test_other_max_size(two: Run) -> None:
         "custom_ar.Communicator: max_size must be the same on all ranks, got 33554432 on rank 0 "
         "and 1024 on rank 1"
     )
-    assert two(workers.bad_argument, 1, {"max_size": 1024}, {}) == [("ValueError", expected)] * 2
+    assert (
+        two(shared.bad_argument, workers.Kind, 1, {"max_size": 1024}, {})
+        == [("ValueError", expected)] * 2
+    )
 
 
 def test_other_version(two: Run) -> None:
@@ -185,11 +189,11 @@ def test_other_version(two: Run) -> None:
         "custom_ar.Communicator: all ranks must have the same version of custom-ar, got 1.0 on "
         "rank 0 and 1.1 on rank 1"
     )
-    assert two(workers.other_version) == [("RuntimeError", expected)] * 2
+    assert two(shared.other_version, workers.Kind) == [("RuntimeError", expected)] * 2
 
 
 def test_timeouts(two: Run) -> None:
-    assert two(workers.timeouts) == [[1.0, 2.5, 30.0]] * 2
+    assert two(shared.timeouts, workers.Kind) == [[1.0, 2.5, 30.0]] * 2
 
 
 def test_out_that_does_not_fit(two: Run) -> None:
@@ -244,7 +248,7 @@ def test_setting_up_fails_on_one_rank(three: Run, failing: str, failing_rank: in
 
 
 def test_closing_waits_in_bounds(two: Run) -> None:
-    for rank, result in enumerate(two(workers.closing, 0.5)):
+    for rank, result in enumerate(two(shared.closing, workers.Kind, 0.5)):
         assert 0.5 <= result["open"] < 5
         assert result["open lines"] == [
             (
@@ -266,7 +270,7 @@ def test_dropped_without_closing(two: Run) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_good_ranks_have_no_obstacle(count: int) -> None:
-    assert module._obstacle(workers.facts(count)) is None
+    assert module._obstacle(shared.facts(count)) is None
 
 
 OBSTACLES = [
@@ -288,7 +292,7 @@ OBSTACLES = [
 
 @pytest.mark.parametrize(("count", "changes", "reason"), OBSTACLES, ids=str)
 def test_obstacles(count: int, changes: dict[str, Any], reason: str) -> None:
-    assert module._obstacle(workers.facts(count, **changes)) == reason
+    assert module._obstacle(shared.facts(count, **changes)) == reason
 
 
 def test_example(tmp_path: Path) -> None:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import itertools
-import os
 import time
-import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import minimax_rms
+import peer_group_workers
 import rank_reports
 import torch
 import torch.distributed as dist
 from minimax_arithmetic import DTYPES, assert_rounded, exact, random_rows, random_weight
 from minimax_rms import reference
 from minimax_rms import workspace as module
+from peer_group_workers import operators_replaced, resource_warnings
 from rank_processes import Rank
 from rank_reports import error_of
 from torch import Tensor
@@ -229,107 +226,30 @@ def compiled_with_inductor(rank: Rank) -> None:
                 assert torch.equal(result, expected)
 
 
-def subgroup(rank: Rank, members: list[int]) -> tuple[str | None, list[tuple[str, str]]] | str:
-    """In a group of some of the ranks; the error of the others."""
-    group = dist.new_group(members, backend="gloo")
-    if rank.rank not in members:
-        kind, text = error_of(minimax_rms.Workspace, group, 3, "cpu")
-        assert kind == "ValueError"
-        return text
-    inside = Rank(members.index(rank.rank), len(members), rank.device, group, rank.directory)
-    result = fallback(inside)
-    dist.destroy_process_group(group)
-    return result
-
-
-def spanning_hosts(rank: Rank, hosts: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
-    """Ranks that believe to be on these hosts."""
-    host = hosts[rank.rank]
-    with mock.patch.object(module, "_host", return_value=(host, f"boot id of {host}")):
-        return fallback(rank)
-
-
-def without_cpu_backend(rank: Rank) -> tuple[str, str]:
-    group = dist.new_group(backend="cuda:gloo")
-    return error_of(minimax_rms.Workspace, group, 3, "cpu")
-
-
-def bad_argument(
-    rank: Rank, bad_rank: int, arguments: dict[str, Any], environment: dict[str, str]
-) -> tuple[str, str]:
-    """The error of each rank where one has a bad argument; the next workspace works."""
-    is_bad = rank.rank == bad_rank
-    good = {"max_tokens": 8, "device": "cpu"}
-    with mock.patch.dict(os.environ, environment if is_bad else {}):
-        error = error_of(
-            minimax_rms.Workspace, rank.group, **{**good, **(arguments if is_bad else {})}
-        )
-    default_group(rank)
-    return error
-
-
-def other_version(rank: Rank) -> tuple[str, str]:
-    with mock.patch.object(module, "_VERSION", f"1.{rank.rank}"):
-        return error_of(minimax_rms.Workspace, rank.group, 8, "cpu")
-
-
-def timeouts(rank: Rank) -> list[float]:
-    """From the argument, the environment, and neither."""
-    with mock.patch.dict(os.environ, {"MINIMAX_RMS_TIMEOUT": "2.5"}):
-        given = minimax_rms.Workspace(rank.group, 8, "cpu", timeout=1)
-        named = minimax_rms.Workspace(rank.group, 8, "cpu")
-    with mock.patch.dict(os.environ, {"MINIMAX_RMS_TIMEOUT": ""}):
-        neither = minimax_rms.Workspace(rank.group, 8, "cpu")
-    return [each.timeout for each in (given, named, neither)]
-
-
-class StandIn:
-    """The operators, by a process group on the CPU: what a workspace asks of them, and when.
-
-    ``failing`` names operators that raise, or ``writes``, which the peers do not see then.
-    """
+class StandIn(peer_group_workers.StandIn):
+    """The operators, as a workspace asks for them."""
 
     def __init__(self, rank: Rank, failing: str | None = None) -> None:
-        self.rank = rank
-        self.failing = failing
-        self.calls: list[str] = []
-        self.own: set[int] = set()
-        self.opened: set[int] = set()
+        super().__init__(rank, failing)
         self.registered: Tensor | None = None
         self.num_bytes = 0
-        self.timeouts: list[float] = []
-        self.open_peers: list[int] = []
-        self.missing: list[int] = []
-        self.failure: str | None = None
-        self._addresses = itertools.count(1000 * (rank.rank + 1))
-
-    def _enter(self, name: str) -> None:
-        self.calls.append(name)
-        if name == self.failing:
-            raise RuntimeError(f"{name} failed\nand more lines")
 
     def _comm_size(self, nranks: int, max_tokens: int) -> int:
         return torch.ops.minimax_rms._comm_size(nranks, max_tokens)
 
     def _allocate(self, num_bytes: int) -> tuple[int, Tensor]:
-        self._enter("_allocate")
+        self.enter("_allocate")
         self.num_bytes = num_bytes
-        address = next(self._addresses)
-        self.own.add(address)
-        return address, torch.full((64,), self.rank.rank, dtype=torch.uint8)
+        return self.allocate()
 
     def _open(self, handle: Tensor) -> int:
-        self._enter("_open")
-        assert handle.shape == (64,)
-        assert handle[0] != self.rank.rank
-        address = next(self._addresses)
-        self.opened.add(address)
-        return address
+        self.enter("_open")
+        return self.open(handle)
 
     def _free(self, address: int) -> None:
-        self._enter("_free")
+        self.enter("_free")
         assert self.registered is None
-        (self.own if address in self.own else self.opened).remove(address)
+        self.free(address)
 
     def _register(
         self,
@@ -340,7 +260,7 @@ class StandIn:
         num_multiprocessors: int,
         timeout: float,
     ) -> None:
-        self._enter("_register")
+        self.enter("_register")
         assert (rank, nranks) == (self.rank.rank, self.rank.world_size)
         assert num_multiprocessors == 1  # there is none to share
         self.check_workspace(workspace, max_tokens)
@@ -399,17 +319,16 @@ class StandIn:
         return reference.minimax_allreduce_rms_qk(rows, *weights, eps)[rank]
 
     def _check(self, workspace: Tensor) -> None:
-        self._enter("_check")
+        self.enter("_check")
         assert self._is_registered(workspace)
-        if self.failure is not None:
-            raise RuntimeError(self.failure)
+        self.check()
 
     def _missing_ranks(self, workspace: Tensor) -> list[int]:
         assert self._is_registered(workspace)
         return list(self.missing)
 
     def _announce_close(self, buffers: list[int], rank: int) -> None:
-        self._enter("_announce_close")
+        self.enter("_announce_close")
         assert buffers[rank] in self.own
         assert set(buffers) == self.own | self.opened
 
@@ -420,27 +339,30 @@ class StandIn:
         return list(self.open_peers)
 
     def _forget(self, workspace: Tensor) -> None:
-        self._enter("_forget")
+        self.enter("_forget")
         assert self._is_registered(workspace)
         self.registered = None
 
     def holds_nothing(self) -> bool:
-        return not (self.own or self.opened) and self.registered is None
+        return super().holds_nothing() and self.registered is None
 
 
 @contextlib.contextmanager
 def stand_in(rank: Rank, failing: str | None = None) -> Iterator[StandIn]:
     """Lets workspaces of CPU tensors take the way that those of CUDA tensors take."""
     ops = StandIn(rank, failing)
-    with (
-        mock.patch.object(module, "_ops", ops),
-        mock.patch.object(module, "_rms", ops.rms),
-        mock.patch.object(module, "_rms_qk", ops.rms_qk),
-        mock.patch.object(module, "_obstacle", return_value=None),
-        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "synchronize"),
-    ):
+    with operators_replaced(module, ops, _rms=ops.rms, _rms_qk=ops.rms_qk):
         yield ops
+
+
+class Kind(peer_group_workers.Kind):
+    owner = minimax_rms.Workspace
+    module = module
+    timeout_variable = "MINIMAX_RMS_TIMEOUT"
+    arguments: ClassVar[dict[str, Any]] = {"max_tokens": 8}
+    fallback = staticmethod(fallback)
+    default_group = staticmethod(default_group)
+    stand_in = staticmethod(stand_in)
 
 
 def failing_step(
@@ -517,83 +439,23 @@ def kernels(rank: Rank, max_tokens: int) -> None:
         check_closed(workspace)
 
 
-def closing(rank: Rank, timeout: float) -> dict[str, Any]:
-    """Peers that stay open are waited for, in bounds; missing ranks are not."""
-    result: dict[str, Any] = {}
-    with stand_in(rank) as ops, logged() as lines:
-
-        def close() -> float:
-            workspace = minimax_rms.Workspace(rank.group, 8, rank.device, timeout=timeout)
-            ops.open_peers = [1 - rank.rank]
-            begin = time.monotonic()
-            workspace.close()
-            seconds = time.monotonic() - begin
-            assert ops.holds_nothing()
-            assert workspace.missing_ranks == ops.missing
-            return seconds
-
-        result["open"] = close()
-        result["open lines"] = list(lines)
-        lines.clear()
-        ops.missing = [1 - rank.rank]
-        result["missing"] = close()
-        ops.missing = []
-        result["missing lines"] = list(lines)
-        # The device has failed for good: nothing can be released, and nothing is raised.
-        workspace = minimax_rms.Workspace(rank.group, 8, rank.device, timeout=timeout)
-        ops.failing = "_announce_close"
-        workspace.close()
-        assert workspace.closed
-        assert ops.holds_nothing()
-        result["failed lines"] = list(lines)
-    return result
-
-
 def forgotten(rank: Rank) -> list[str]:
     """A workspace that is dropped says so, waits for nothing and leaves its memory alone."""
     with stand_in(rank) as ops:
-        workspace = minimax_rms.Workspace(rank.group, 8, rank.device, timeout=60)
+        kept = [minimax_rms.Workspace(rank.group, 8, rank.device, timeout=60)]
         ops.open_peers = [1 - rank.rank]
-        memory = workspace._memory
+        memory = kept[0]._memory
         begin = time.monotonic()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            del workspace
-            gc.collect()
+        texts = resource_warnings(kept.clear)
         assert time.monotonic() - begin < 5
         assert ops.own
         assert ops.registered is memory.tensor
         assert module._dropped == [memory]
-        texts = [str(w.message) for w in caught if w.category is ResourceWarning]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        workspace = minimax_rms.Workspace(rank.group, 8, rank.device)
-        identity = workspace._id
-        del workspace
-        gc.collect()
-    assert [w for w in caught if w.category is ResourceWarning] == []
+    kept = [minimax_rms.Workspace(rank.group, 8, rank.device)]
+    identity = kept[0]._id
+    assert resource_warnings(kept.clear) == []
     functional = torch.ops.minimax_rms.functional_allreduce_rms
     kind, text = error_of(functional, torch.ones(1, 4), torch.ones(4), EPS, identity)
     assert kind == "RuntimeError"
     assert text.startswith("minimax_rms::functional_allreduce_rms: workspace must be the id of")
     return texts
-
-
-def facts(count: int, **changes: Any) -> list[Any]:
-    """What ``count`` ranks on one host of good GPUs know of themselves."""
-    one = SimpleNamespace(
-        version="1",
-        max_size=1,
-        host_name="a",
-        host_id="a",
-        device="cuda",
-        device_name="GPU",
-        device_uuid="u",
-        capability=(9, 0),
-        num_multiprocessors=132,
-        problem=None,
-    )
-    ranks = [SimpleNamespace(**vars(one)) for _ in range(count)]
-    for name, value in changes.items():
-        setattr(ranks[-1], name, value)
-    return ranks

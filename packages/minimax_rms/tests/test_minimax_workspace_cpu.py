@@ -16,6 +16,7 @@ from typing import Any
 
 import minimax_rms
 import minimax_workers as workers
+import peer_group_workers as shared
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,7 +96,7 @@ def test_compile_with_inductor(two: Run) -> None:
 
 @pytest.mark.parametrize("members", [[0, 2], [2, 1]], ids=str)
 def test_subgroup(three: Run, members: list[int]) -> None:
-    results = three(workers.subgroup, sorted(members))
+    results = three(shared.subgroup, workers.Kind, sorted(members))
     [outside] = set(range(3)) - set(members)
     assert results.pop(outside) == (
         "minimax_rms.Workspace: group must be a process group, got one that this process is not in"
@@ -105,12 +106,12 @@ def test_subgroup(three: Run, members: list[int]) -> None:
 
 
 def test_subgroup_of_one(three: Run) -> None:
-    results = three(workers.subgroup, [1])
+    results = three(shared.subgroup, workers.Kind, [1])
     assert results[1] == (None, [])
 
 
 def test_group_that_spans_hosts(three: Run) -> None:
-    results = three(workers.spanning_hosts, ["a", "b", "a"])
+    results = three(shared.spanning_hosts, workers.Kind, ["a", "b", "a"])
     assert_one_line(results, "the group spans hosts: ranks 0, 2 on a, rank 1 on b")
 
 
@@ -119,7 +120,7 @@ def test_group_without_a_cpu_backend(two: Run) -> None:
         "minimax_rms.Workspace: group must have a CPU backend, to exchange handles, got "
         "'cuda:gloo'; make it with the backend 'gloo' or 'cpu:gloo,cuda:nccl'"
     )
-    assert two(workers.without_cpu_backend) == [("ValueError", expected)] * 2
+    assert two(shared.without_cpu_backend, workers.Kind) == [("ValueError", expected)] * 2
 
 
 def test_no_default_group() -> None:
@@ -160,13 +161,13 @@ def test_bad_argument_of_one_rank(
     two: Run, arguments: dict[str, Any], environment: dict[str, str], message: str
 ) -> None:
     """All ranks raise, so that none waits for another."""
-    good, bad = two(workers.bad_argument, 1, arguments, environment)
+    good, bad = two(shared.bad_argument, workers.Kind, 1, arguments, environment)
     assert bad == ("ValueError", f"minimax_rms.Workspace: {message}")
     assert good == ("ValueError", f"minimax_rms.Workspace: on rank 1, {message}")
 
 
 def test_bad_argument_of_one_rank_alone(one: Run) -> None:
-    [error] = one(workers.bad_argument, 0, {"max_tokens": -1}, {})
+    [error] = one(shared.bad_argument, workers.Kind, 0, {"max_tokens": -1}, {})
     assert error == (
         "ValueError",
         "minimax_rms.Workspace: max_tokens must be tokens in [1, 2^36), got -1",
@@ -178,7 +179,10 @@ def test_other_max_tokens(two: Run) -> None:
         "minimax_rms.Workspace: max_tokens must be the same on all ranks, got 8 on rank 0 and 9 on "
         "rank 1"
     )
-    assert two(workers.bad_argument, 1, {"max_tokens": 9}, {}) == [("ValueError", expected)] * 2
+    assert (
+        two(shared.bad_argument, workers.Kind, 1, {"max_tokens": 9}, {})
+        == [("ValueError", expected)] * 2
+    )
 
 
 def test_other_version(two: Run) -> None:
@@ -186,11 +190,11 @@ def test_other_version(two: Run) -> None:
         "minimax_rms.Workspace: all ranks must have the same version of minimax-rms, got 1.0 on "
         "rank 0 and 1.1 on rank 1"
     )
-    assert two(workers.other_version) == [("RuntimeError", expected)] * 2
+    assert two(shared.other_version, workers.Kind) == [("RuntimeError", expected)] * 2
 
 
 def test_timeouts(two: Run) -> None:
-    assert two(workers.timeouts) == [[1.0, 2.5, 30.0]] * 2
+    assert two(shared.timeouts, workers.Kind) == [[1.0, 2.5, 30.0]] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -240,7 +244,7 @@ def test_setting_up_fails_on_one_rank(three: Run, failing: str, failing_rank: in
 
 
 def test_closing_waits_in_bounds(two: Run) -> None:
-    for rank, result in enumerate(two(workers.closing, 0.5)):
+    for rank, result in enumerate(two(shared.closing, workers.Kind, 0.5)):
         assert 0.5 <= result["open"] < 5
         assert result["open lines"] == [
             (
@@ -262,7 +266,7 @@ def test_dropped_without_closing(two: Run) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 16])
 def test_good_ranks_have_no_obstacle(count: int) -> None:
-    assert module._obstacle(workers.facts(count)) is None
+    assert module._obstacle(shared.facts(count)) is None
 
 
 OBSTACLES = [
@@ -277,7 +281,7 @@ OBSTACLES = [
 
 @pytest.mark.parametrize(("count", "changes", "reason"), OBSTACLES, ids=str)
 def test_obstacles(count: int, changes: dict[str, Any], reason: str) -> None:
-    assert module._obstacle(workers.facts(count, **changes)) == reason
+    assert module._obstacle(shared.facts(count, **changes)) == reason
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_obstacles(count: int, changes: dict[str, Any], reason: str) -> None:
 )
 def test_multiprocessors(count: int, changes: dict[str, Any], num_multiprocessors: int) -> None:
     """What calls are cut for, the same on all ranks: the blocks of all find room at once."""
-    assert module._num_multiprocessors(workers.facts(count, **changes)) == num_multiprocessors
+    assert module._num_multiprocessors(shared.facts(count, **changes)) == num_multiprocessors
 
 
 def test_example(tmp_path: Path) -> None:

@@ -1,0 +1,243 @@
+"""What a rank does in the tests of an owner: the class that the ranks of a group make one of each.
+
+These tests have no GPU. A package's workers describe its owner by a subclass of Kind, which goes to
+the ranks by its name, and have a stand-in for its operators, a subclass of StandIn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from rank_processes import Rank
+from rank_reports import error_of, logged
+from torch import Tensor
+
+# Why a rank falls back, and the lines that it logged.
+Fallback = tuple[str | None, list[tuple[str, str]]]
+
+
+class StandIn:
+    """The operators, by a process group on the CPU: what an owner asks of them, and when.
+
+    ``failing`` names operators that raise, or ``writes``, which the peers do not see then.
+    """
+
+    def __init__(self, rank: Rank, failing: str | None = None) -> None:
+        self.rank = rank
+        self.failing = failing
+        self.calls: list[str] = []
+        self.own: set[int] = set()
+        self.opened: set[int] = set()
+        self.timeouts: list[float] = []
+        self.open_peers: list[int] = []
+        self.missing: list[int] = []
+        self.failure: str | None = None
+        self._addresses = itertools.count(1000 * (rank.rank + 1))
+
+    def enter(self, name: str) -> None:
+        """Note that an operator is called, which may be to fail."""
+        self.calls.append(name)
+        if name == self.failing:
+            raise RuntimeError(f"{name} failed\nand more lines")
+
+    def allocate(self) -> tuple[int, Tensor]:
+        """The address of a new buffer, and its handle."""
+        address = next(self._addresses)
+        self.own.add(address)
+        return address, torch.full((64,), self.rank.rank, dtype=torch.uint8)
+
+    def open(self, handle: Tensor) -> int:
+        """The address of a peer's buffer."""
+        assert handle.shape == (64,)
+        assert handle[0] != self.rank.rank
+        address = next(self._addresses)
+        self.opened.add(address)
+        return address
+
+    def free(self, address: int) -> None:
+        """Forget a buffer."""
+        (self.own if address in self.own else self.opened).remove(address)
+
+    def check(self) -> None:
+        """Raise if a call has failed."""
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+
+    def holds_nothing(self) -> bool:
+        """Whether all memory was given back."""
+        return not (self.own or self.opened)
+
+
+class Kind(ABC):
+    """An owner, and what its tests do by means of their own."""
+
+    owner: type[Any]
+    module: ModuleType  # that it is defined in
+    timeout_variable: str
+    # What it cannot be made without.
+    arguments: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def make(cls, rank: Rank, **arguments: Any) -> Any:
+        """Make one of CPU tensors."""
+        return cls.owner(rank.group, **{"device": rank.device, **cls.arguments, **arguments})
+
+    @staticmethod
+    @abstractmethod
+    def fallback(rank: Rank) -> Fallback:
+        """Make one, and all its calls."""
+
+    @staticmethod
+    @abstractmethod
+    def default_group(rank: Rank) -> None:
+        """Make one of the default group, and a call."""
+
+    @staticmethod
+    @abstractmethod
+    def stand_in(rank: Rank, failing: str | None = None) -> AbstractContextManager[Any]:
+        """Let those of CPU tensors take the way that those of CUDA tensors take."""
+
+
+@contextlib.contextmanager
+def operators_replaced(module: ModuleType, ops: StandIn, **functions: object) -> Iterator[None]:
+    """Let an owner's module have a stand-in for its operators, and nothing to object."""
+    with contextlib.ExitStack() as stack:
+        for name, value in {"_ops": ops, **functions}.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        stack.enter_context(mock.patch.object(module, "_obstacle", return_value=None))
+        device = contextlib.nullcontext()
+        stack.enter_context(mock.patch.object(torch.cuda, "device", return_value=device))
+        stack.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+        yield
+
+
+def subgroup(rank: Rank, kind: type[Kind], members: list[int]) -> Fallback | str:
+    """In a group of some of the ranks; the error of the others."""
+    group = dist.new_group(members, backend="gloo")
+    if rank.rank not in members:
+        error, text = error_of(kind.owner, group, **{**kind.arguments, "device": "cpu"})
+        assert error == "ValueError"
+        return text
+    inside = Rank(members.index(rank.rank), len(members), rank.device, group, rank.directory)
+    result = kind.fallback(inside)
+    dist.destroy_process_group(group)
+    return result
+
+
+def spanning_hosts(rank: Rank, kind: type[Kind], hosts: list[str]) -> Fallback:
+    """Ranks that believe to be on these hosts."""
+    host = hosts[rank.rank]
+    with mock.patch.object(kind.module, "_host", return_value=(host, f"boot id of {host}")):
+        return kind.fallback(rank)
+
+
+def without_cpu_backend(rank: Rank, kind: type[Kind]) -> tuple[str, str]:
+    """The error of a group that exchanges CUDA tensors alone."""
+    group = dist.new_group(backend="cuda:gloo")
+    return error_of(kind.owner, group, **{**kind.arguments, "device": "cpu"})
+
+
+def bad_argument(
+    rank: Rank,
+    kind: type[Kind],
+    bad_rank: int,
+    arguments: dict[str, Any],
+    environment: dict[str, str],
+) -> tuple[str, str]:
+    """The error of each rank where one has a bad argument; the next one works."""
+    is_bad = rank.rank == bad_rank
+    with mock.patch.dict(os.environ, environment if is_bad else {}):
+        error = error_of(kind.make, rank, **(arguments if is_bad else {}))
+    kind.default_group(rank)
+    return error
+
+
+def other_version(rank: Rank, kind: type[Kind]) -> tuple[str, str]:
+    """The error where each rank has another version."""
+    with mock.patch.object(kind.module, "_VERSION", f"1.{rank.rank}"):
+        return error_of(kind.make, rank)
+
+
+def timeouts(rank: Rank, kind: type[Kind]) -> list[float]:
+    """From the argument, the environment, and neither."""
+    with mock.patch.dict(os.environ, {kind.timeout_variable: "2.5"}):
+        given = kind.make(rank, timeout=1)
+        named = kind.make(rank)
+    with mock.patch.dict(os.environ, {kind.timeout_variable: ""}):
+        neither = kind.make(rank)
+    return [each.timeout for each in (given, named, neither)]
+
+
+def closing(rank: Rank, kind: type[Kind], timeout: float) -> dict[str, Any]:
+    """Peers that stay open are waited for, in bounds; missing ranks are not."""
+    result: dict[str, Any] = {}
+    package = kind.owner.__module__.partition(".")[0]
+    with kind.stand_in(rank) as ops, logged(package) as lines:
+
+        def close() -> float:
+            owner = kind.make(rank, timeout=timeout)
+            ops.open_peers = [1 - rank.rank]
+            begin = time.monotonic()
+            owner.close()
+            seconds = time.monotonic() - begin
+            assert ops.holds_nothing()
+            assert owner.missing_ranks == ops.missing
+            return seconds
+
+        result["open"] = close()
+        result["open lines"] = list(lines)
+        lines.clear()
+        ops.missing = [1 - rank.rank]
+        result["missing"] = close()
+        ops.missing = []
+        result["missing lines"] = list(lines)
+        # The device has failed for good: nothing can be released, and nothing is raised.
+        owner = kind.make(rank, timeout=timeout)
+        ops.failing = "_announce_close"
+        owner.close()
+        assert owner.closed
+        assert ops.holds_nothing()
+        result["failed lines"] = list(lines)
+    return result
+
+
+def resource_warnings(drop: Callable[[], None]) -> list[str]:
+    """What Python warns of as the last reference to something goes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drop()
+        gc.collect()
+    return [str(w.message) for w in caught if w.category is ResourceWarning]
+
+
+def facts(count: int, **changes: Any) -> list[Any]:
+    """What ``count`` ranks on one host of good GPUs know of themselves; ``changes``: the last."""
+    one = SimpleNamespace(
+        version="1",
+        max_size=1,
+        host_name="a",
+        host_id="a",
+        device="cuda",
+        device_name="GPU",
+        device_uuid="u",
+        capability=(9, 0),
+        num_multiprocessors=132,
+        problem=None,
+    )
+    ranks = [SimpleNamespace(**vars(one)) for _ in range(count)]
+    for name, value in changes.items():
+        setattr(ranks[-1], name, value)
+    return ranks
