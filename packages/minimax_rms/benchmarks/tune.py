@@ -39,8 +39,7 @@ from torch import Tensor
 
 TOKENS = tuple(2**i for i in range(14))
 WARPS = (1, 2, 4, 8)
-# Where a warp takes a token by itself.
-THREADS = (32, 64, 128, 256, 512)
+THREADS = (32, 64, 128, 256, 512)  # as many of them as are whole teams
 # Beside a grid that has a warp, or several, for each token: 1/2 to 16 blocks a multiprocessor.
 MAX_BLOCKS = (66, 132, 264, 528, 1056, 2112)
 # A tuning that does not work must not take long to say so.
@@ -68,7 +67,7 @@ def tunings(tokens: int) -> list[Tuning]:
     """Return what to try: grids with as many teams of warps as tokens, and smaller ones."""
     tried = []
     for warps in WARPS:
-        for threads in THREADS if warps == 1 else (32 * warps,):
+        for threads in (count for count in THREADS if count % (32 * warps) == 0):
             enough = math.ceil(tokens / (threads // (32 * warps)))
             blocks = [enough, *(most for most in MAX_BLOCKS if most < enough)]
             tried += [Tuning(warps, count, threads) for count in blocks]

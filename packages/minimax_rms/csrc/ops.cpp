@@ -265,16 +265,11 @@ std::tuple<Tensor, Tensor> minimax_allreduce_rms_qk_as(
         warps_per_token);
   check(num_blocks >= 1 && num_blocks < int64_t{1} << 31, kQkAs,
         "num_blocks must be in [1, 2^31), got ", num_blocks);
-  if (is_team) {
-    check(threads_per_block == 32 * warps_per_token, kQkAs,
-          "threads_per_block must be 32 * warps_per_token = ", 32 * warps_per_token, ", got ",
-          threads_per_block);
-  } else {
-    check(
-        threads_per_block >= 32 && threads_per_block <= kMaxThreads && threads_per_block % 32 == 0,
-        kQkAs, "threads_per_block must be a multiple of 32 in [32, ", kMaxThreads, "], got ",
-        threads_per_block);
-  }
+  const int64_t team = 32 * warps_per_token;
+  check(threads_per_block >= team && threads_per_block <= kMaxThreads &&
+            threads_per_block % team == 0,
+        kQkAs, "threads_per_block must be a multiple of 32 * warps_per_token = ", team, " up to ",
+        kMaxThreads, ", got ", threads_per_block);
   const RmsNormTuning tuning = {static_cast<int>(warps_per_token), static_cast<int>(num_blocks),
                                 static_cast<int>(threads_per_block)};
   return run_qk(call, &tuning);

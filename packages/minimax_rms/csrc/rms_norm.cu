@@ -32,9 +32,9 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,
   }
   const int warps = tuning.warps_per_token;
   const int threads = tuning.threads_per_block;
-  const bool is_team = warps == 2 || warps == 4 || warps == 8;
-  if (tuning.num_blocks < 1 || threads < kWarpSize || threads % kWarpSize != 0 ||
-      threads > kMaxThreads || !(is_team ? threads == warps * kWarpSize : warps == 1)) {
+  const bool is_team = warps == 1 || warps == 2 || warps == 4 || warps == 8;
+  if (!is_team || tuning.num_blocks < 1 || threads < 1 || threads > kMaxThreads ||
+      threads % (warps * kWarpSize) != 0) {
     return cudaErrorInvalidValue;
   }
   stable_common::LaunchConfig config;

@@ -80,6 +80,28 @@ __device__ __forceinline__ float sum_squares(uint4 v) {
   return sum;
 }
 
+// A thread's team, of those that share the block.
+template <int kWarps>
+struct Team {
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kMaxPerBlock = kMaxThreads / kThreads;
+
+  static __device__ __forceinline__ int per_block() { return blockDim.x / kThreads; }
+  static __device__ __forceinline__ int index() { return threadIdx.x / kThreads; }
+  static __device__ __forceinline__ int thread() { return threadIdx.x % kThreads; }
+  static __device__ __forceinline__ int warp() { return thread() / kWarpSize; }
+
+  // Waits for the team's threads, and sees what they have written.
+  static __device__ __forceinline__ void synchronize() {
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else {
+      // Barrier 0 is __syncthreads().
+      asm volatile("barrier.sync %0, %1;" ::"r"(index() + 1), "n"(kThreads) : "memory");
+    }
+  }
+};
+
 // 1 / sqrt(x), less than a unit in the last place off, in fewer steps than __frsqrt_rn(), and
 // without a branch.
 __device__ __forceinline__ float reciprocal_sqrt(float x) {
@@ -260,7 +282,7 @@ template <typename Element, int kWarps, int kEven = 0>
 class Rows {
  public:
   static_assert(kEven % 7 == 0);
-  static constexpr int kStride = kWarps * kWarpSize;
+  static constexpr int kStride = Team<kWarps>::kThreads;
   static constexpr int kStrideBytes = kStride * kVectorBytes;
   // The columns that a thread adds to.
   static constexpr int kOwnColumns = kColumns / kWarps;
@@ -273,7 +295,7 @@ class Rows {
         q_mean_factor_(params.q_mean_factor),
         k_mean_factor_(params.k_mean_factor),
         eps_(params.eps) {
-    const int first = kWarps == 1 ? threadIdx.x % kWarpSize : threadIdx.x;
+    const int first = Team<kWarps>::thread();
     const int64_t offset = first * kVectorBytes;
     num_q_ = count(params.q_vectors - first);
     num_vectors_ = count(params.q_vectors + params.k_vectors - first);
@@ -465,11 +487,11 @@ __device__ __forceinline__ Sums add_up(Sums own, uint32_t turn) {
     return add_lanes(own);
   } else {
     // Two, so that a warp may write the next row's while another still reads.
-    __shared__ Sums shared[2][kWarps][kWarpSize];
-    auto& buffer = shared[turn % 2];
+    __shared__ Sums shared[Team<kWarps>::kMaxPerBlock][2][kWarps][kWarpSize];
+    auto& buffer = shared[Team<kWarps>::index()][turn % 2];
     const int lane = threadIdx.x % kWarpSize;
-    buffer[threadIdx.x / kWarpSize][lane] = own;
-    __syncthreads();
+    buffer[Team<kWarps>::warp()][lane] = own;
+    Team<kWarps>::synchronize();
     Sums columns[kWarps];
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) columns[w] = buffer[w][lane];
@@ -485,9 +507,10 @@ __device__ __forceinline__ bool share(bool is_alive, Sums* sums) {
       Sums sums;
       bool is_alive;
     };
-    __shared__ Received received;
-    if (threadIdx.x == 0) received = {*sums, is_alive};
-    __syncthreads();
+    __shared__ Received shared[Team<kWarps>::kMaxPerBlock];
+    Received& received = shared[Team<kWarps>::index()];
+    if (Team<kWarps>::thread() == 0) received = {*sums, is_alive};
+    Team<kWarps>::synchronize();
     *sums = received.sums;
     is_alive = received.is_alive;
   }
@@ -610,26 +633,19 @@ __device__ __forceinline__ void wait_and_allow() {
 // Which tokens a team takes, and when.
 template <int kWarps>
 struct Turns {
-  static constexpr int kMaxBlock = kWarps == 1 ? kMaxThreads : kWarps * kWarpSize;
-  // What the tuning puts on a multiprocessor. For more the compiler would spill registers.
-  static constexpr int kMinBlocks = kMaxThreads / kMaxBlock;
-
   int64_t first;
   int64_t stride;
 
-  __device__ __forceinline__ Turns() {
-    const int teams_per_block = kWarps == 1 ? blockDim.x / kWarpSize : 1;
-    first = static_cast<int64_t>(blockIdx.x) * teams_per_block +
-            (kWarps == 1 ? threadIdx.x / kWarpSize : 0);
-    stride = static_cast<int64_t>(gridDim.x) * teams_per_block;
-  }
+  __device__ __forceinline__ Turns()
+      : first(static_cast<int64_t>(blockIdx.x) * Team<kWarps>::per_block() + Team<kWarps>::index()),
+        stride(static_cast<int64_t>(gridDim.x) * Team<kWarps>::per_block()) {}
 };
 
 }  // namespace device
 
 // One rank alone: a plain RMSNorm.
 template <typename Element, int kWarps, int kVectors, bool kIsWide, int kEven>
-__global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock)
+__global__ void __launch_bounds__(kMaxThreads)
     lone_rms_norm_kernel(const __grid_constant__ RmsNormParams params) {
   using namespace device;
   using TeamRows = Rows<Element, kWarps, kEven>;
@@ -653,19 +669,21 @@ __global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock)
 // The ranks' part of a call. If kIsPipelined, a team loads its next row while it waits for the
 // peers; else it keeps its registers for the weights, to be done sooner with the one it has.
 template <typename Element, int kWarps, int kVectors, bool kIsWide, int kEven, bool kIsPipelined>
-__global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock,
-                                  device::Turns<kWarps>::kMinBlocks)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     rms_norm_kernel(const __grid_constant__ RmsNormParams params) {
   using namespace device;
   using TeamRows = Rows<Element, kWarps, kEven>;
   using TeamRow = Row<TeamRows, kVectors, kIsWide>;
-  constexpr int kMostWeights = 7;  // that a thread keeps
-  constexpr int kFew = 4;          // vectors
+  constexpr int kFew = 4;  // vectors
+  // Or so many that there are no registers for what they need otherwise.
+  constexpr bool kKeepsWeights =
+      !kIsPipelined && (kVectors <= kFew || (kEven > 0 && kVectors <= 7));
   const TeamRows rows(params);
   const Turns<kWarps> turns;
   // Who talks for the team, and who tidies up: the last warp, which may have less of the row.
-  const bool is_leader = kWarps == 1 || threadIdx.x < kWarpSize;
-  const bool is_closer = kWarps == 1 || threadIdx.x >= (kWarps - 1) * kWarpSize;
+  const bool is_leader = Team<kWarps>::warp() == 0;
+  const bool is_closer = Team<kWarps>::warp() == kWarps - 1;
+  const bool has_block = Team<kWarps>::per_block() == 1;
   int64_t token = turns.first;
   if (token < params.num_tokens) rows.prefetch(token);
 
@@ -685,7 +703,7 @@ __global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock,
       if (is_leader) call.send(token, sums);
       const int64_t next = token + turns.stride;
       const bool is_last = next >= params.num_tokens;
-      Weights<TeamRows, kVectors, !kIsPipelined && kVectors <= kMostWeights> weights;
+      Weights<TeamRows, kVectors, kKeepsWeights> weights;
       weights.load(rows);
       TeamRow next_row;
       if (!is_last) {
@@ -712,7 +730,7 @@ __global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock,
       if (is_closer) {
         call.clear(token);
         // Before the last row is written: it is of no concern to who looks at the count.
-        if (kWarps > 1 && is_last && threadIdx.x % kWarpSize == 0) call.end();
+        if (has_block && is_last && threadIdx.x % kWarpSize == 0) call.end();
       }
       row.store(rows, token, target, weights, sums);
       if (is_last) break;
@@ -723,7 +741,7 @@ __global__ void __launch_bounds__(device::Turns<kWarps>::kMaxBlock,
         row.load(rows, token);
       }
     }
-    if (kWarps > 1 && !is_lost) return;
+    if (has_block && !is_lost) return;
   }
   if (is_lost) {
     if (threadIdx.x % kWarpSize == 0) call.report();

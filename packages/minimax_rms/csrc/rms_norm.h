@@ -68,14 +68,12 @@ constexpr uint64_t kDescriptorHasK = uint64_t{1} << kDescriptorTokenBits;
 struct RmsNormTuning {
   int warps_per_token = 1;      // 1, 2, 4 or 8
   int num_blocks = 1;           // each takes tokens in turn
-  int threads_per_block = 128;  // 32 * warps_per_token; any multiple of 32 if that is 1
+  int threads_per_block = 128;  // a multiple of 32 * warps_per_token, at most kMaxThreads
 };
 
 // The most vectors of a row that a thread holds, in a team of so many warps; of more vectors only
 // the largest team takes a row.
-constexpr int max_vectors_of(int warps_per_token) {
-  return warps_per_token <= 2 ? 14 : warps_per_token == 4 ? 7 : 4;
-}
+constexpr int max_vectors_of(int warps_per_token) { return warps_per_token <= 4 ? 7 : 4; }
 
 // `row_vectors` is how many vectors q and k have together.
 RmsNormTuning choose_tuning(int64_t row_vectors, int num_ranks, int64_t num_tokens,

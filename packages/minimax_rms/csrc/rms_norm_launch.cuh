@@ -30,7 +30,7 @@ cudaError_t launch(Launch launch) {
     }
     return cudaErrorInvalidValue;
   }
-  const int teams_per_block = kWarps == 1 ? launch.tuning.threads_per_block / device::kWarpSize : 1;
+  const int teams_per_block = launch.tuning.threads_per_block / device::Team<kWarps>::kThreads;
   const bool has_turns =
       static_cast<int64_t>(launch.tuning.num_blocks) * teams_per_block < launch.params.num_tokens;
   // What is wider than the registers of one row has none for a second.
@@ -69,13 +69,12 @@ template <typename Element>
 cudaError_t launch_for_team(const RmsNormParams& params, const RmsNormTuning& tuning,
                             const stable_common::LaunchConfig& config) {
   const Launch launch = {params, tuning, config};
-  // MiniMax-M2's rows of q and k, 14336 bytes over all ranks, need 7 vectors of a thread or twice
-  // that, whatever the number of ranks.
+  // MiniMax-M2's rows of q and k, 14336 bytes over all ranks, need 7 vectors of a thread.
   switch (tuning.warps_per_token) {
     case 1:
-      return launch_that_fits<Element, 1, 4, 7, max_vectors_of(1)>(launch);
+      return launch_that_fits<Element, 1, 4, max_vectors_of(1)>(launch);
     case 2:
-      return launch_that_fits<Element, 2, 2, 7, max_vectors_of(2)>(launch);
+      return launch_that_fits<Element, 2, 2, max_vectors_of(2)>(launch);
     case 4:
       return launch_that_fits<Element, 4, 2, 4, max_vectors_of(4)>(launch);
     default:

@@ -2,9 +2,12 @@
 // wide as those of four, again on two.
 //
 // Few tokens are a matter of latency: large teams, that have a row's sum soon. The more tokens, the
-// smaller the team: it spends less on each, and more rows fit the registers. As long as all rows do
-// (16 warps with some 128 registers each on a multiprocessor), each team has one; past that, teams
-// load their next row while they wait for their peers.
+// smaller the team: it spends less on each, and more rows fit the registers (16 warps with some 128
+// registers each on a multiprocessor). With more tokens than teams, these load their next row while
+// they wait for their peers.
+//
+// Teams share blocks, since each block takes a number when it begins and counts itself when it
+// ends, one by one; but so few that they are spread over all multiprocessors.
 #include <algorithm>
 
 #include "rms_norm.h"
@@ -30,11 +33,13 @@ int smallest_team(int64_t row_vectors, int max_vectors, int least = 1) {
 
 int choose_team(int64_t row_vectors, int num_ranks, int64_t tokens_per_multiprocessor) {
   if (num_ranks == 1) return smallest_team(row_vectors, 7, 4);
-  if (tokens_per_multiprocessor <= 1) return smallest_team(row_vectors, 2);
-  if (tokens_per_multiprocessor <= 2) return smallest_team(row_vectors, 7, 2);
-  if (tokens_per_multiprocessor <= 4) return smallest_team(row_vectors, 7);
-  if (tokens_per_multiprocessor <= kWarpsPerMultiprocessor) return smallest_team(row_vectors, 14);
-  return smallest_team(row_vectors, 7);
+  return smallest_team(row_vectors, tokens_per_multiprocessor <= 1 ? 2 : 7);
+}
+
+int choose_threads(int warps, int num_ranks, int64_t tokens_per_multiprocessor) {
+  const int team = warps * kWarpSize;
+  if (num_ranks == 1 || (tokens_per_multiprocessor <= 1 && warps > 1)) return team;
+  return std::max(team, tokens_per_multiprocessor <= 4 ? 128 : 256);
 }
 
 }  // namespace
@@ -47,11 +52,9 @@ RmsNormTuning choose_tuning(int64_t row_vectors, int num_ranks, int64_t num_toke
   const int64_t tokens_per_multiprocessor = divide_up(num_tokens, num_multiprocessors);
   RmsNormTuning tuning;
   tuning.warps_per_token = choose_team(row_vectors, num_ranks, tokens_per_multiprocessor);
-  // Teams of one warp share blocks, since blocks are numbered one by one.
-  const int teams_per_block = tuning.warps_per_token > 1      ? 1
-                              : tokens_per_multiprocessor > 8 ? 8
-                                                              : 4;
-  tuning.threads_per_block = teams_per_block * tuning.warps_per_token * kWarpSize;
+  tuning.threads_per_block =
+      choose_threads(tuning.warps_per_token, num_ranks, tokens_per_multiprocessor);
+  const int teams_per_block = tuning.threads_per_block / (tuning.warps_per_token * kWarpSize);
   const int64_t teams =
       int64_t{num_multiprocessors} *
       std::max(1, (num_ranks == 1 ? 2 : 1) * kWarpsPerMultiprocessor / tuning.warps_per_token);
