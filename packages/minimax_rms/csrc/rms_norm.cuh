@@ -142,6 +142,7 @@ class Exchange {
     const auto layout =
         reinterpret_cast<const int64_t*>(params.workspace[3 * params.num_ranks + 1]);
     comm_size_ = layout[1];
+    places_ = Places(params.num_ranks, comm_size_, params.num_tokens);
     own_ = reinterpret_cast<WorkspaceHeader*>(
         __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(header_), params.rank));
   }
@@ -178,6 +179,12 @@ class Exchange {
   __device__ __forceinline__ void send(int64_t token, Sums sums) const {
     if (!is_peer_ || lane_ >= kHalf) return;
     stable_common::store_shared(word(outbox_, token), to_word(sums));
+  }
+
+  // Has a token's words at hand when they are looked at: since the slot's last use all that the
+  // GPU has read and written since may have driven them out of L2. By one warp.
+  __device__ __forceinline__ void prefetch(int64_t token) const {
+    if (is_peer_ && lane_ < kHalf) stable_common::prefetch_to_l2(word(inbox_, token));
   }
 
   // Waits for all ranks' sums of a token, and adds them up in rank order, this rank's own among
@@ -227,7 +234,7 @@ class Exchange {
   __device__ __forceinline__ bool is_guard() const { return lane_ == rank_; }
 
   __device__ __forceinline__ uint64_t* word(char* box, int64_t token) const {
-    return reinterpret_cast<uint64_t*>(box + token * bytes_per_token(num_ranks_));
+    return reinterpret_cast<uint64_t*>(box + places_.of(token) * bytes_per_token(num_ranks_));
   }
 
   static __device__ __forceinline__ uint64_t to_word(Sums sums) {
@@ -266,6 +273,7 @@ class Exchange {
   WorkspaceHeader* header_;  // of `source_`
   WorkspaceHeader* own_;
   int64_t comm_size_;
+  Places places_;
   uint32_t call_ = 0;
   char* outbox_ = nullptr;  // this rank's word of the first token, at `source_`
   char* inbox_ = nullptr;   // that rank's word of the first token, here
@@ -577,6 +585,10 @@ class Call {
 
   __device__ __forceinline__ uint32_t number() const { return number_; }
 
+  __device__ __forceinline__ void prefetch(int64_t token) const {
+    if (is_alive_ && has_room_) exchange_.prefetch(token);
+  }
+
   __device__ __forceinline__ void send(int64_t token, Sums sums) const {
     if (is_alive_) exchange_.send(token, sums);
   }
@@ -688,6 +700,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (token < params.num_tokens) rows.prefetch(token);
 
   Call call(params);
+  if (is_leader && token < params.num_tokens) call.prefetch(token);
   wait_and_allow();
 
   TeamRow row;
@@ -703,6 +716,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (is_leader) call.send(token, sums);
       const int64_t next = token + turns.stride;
       const bool is_last = next >= params.num_tokens;
+      if (is_leader && !is_last) call.prefetch(next);
       Weights<TeamRows, kVectors, kKeepsWeights> weights;
       weights.load(rows);
       TeamRow next_row;

@@ -51,6 +51,35 @@ constexpr int64_t capacity_of(int num_ranks, int64_t comm_size) {
   return call_bytes_of(comm_size) / bytes_per_token(num_ranks);
 }
 
+// Which place in a slot a token's words have. Tokens that follow each other are at work at the same
+// time, and a line is slow for many that poll and write it. So in a large call each has another
+// line, as far as there are lines, a power of two of them, in what a call may use; the tokens of
+// one line are far apart, and at work one after the other. For few tokens it is more to have fewer
+// lines to fetch.
+class Places {
+ public:
+  Places() = default;
+  __host__ __device__ Places(int num_ranks, int64_t comm_size, int64_t num_tokens) {
+    constexpr int64_t kMostInOrder = 2048;
+    if (num_tokens <= kMostInOrder) return;
+    tokens_per_line_ = kLineBytes / static_cast<int>(bytes_per_token(num_ranks));
+    const int64_t lines = call_bytes_of(comm_size) / kLineBytes;
+    while (int64_t{2} << log2_lines_ <= lines) ++log2_lines_;
+  }
+
+  __host__ __device__ int64_t of(int64_t token) const {
+    const int64_t round = token >> log2_lines_;
+    if (round >= tokens_per_line_) return token;
+    return (token - (round << log2_lines_)) * tokens_per_line_ + round;
+  }
+
+ private:
+  static constexpr int kLineBytes = 128;
+
+  int tokens_per_line_ = 0;  // 0: they lie in their order
+  int log2_lines_ = 0;
+};
+
 // The least comm_size for calls of `max_tokens`, in whole lines.
 constexpr int64_t comm_size_for(int num_ranks, int64_t max_tokens) {
   constexpr int64_t kLineBytes = 128;

@@ -32,6 +32,7 @@ from minimax_cases import (
     num_elements,
     place,
 )
+from minimax_forged_peers import EMPTY_WORD, as_int64, slot_of
 from minimax_local_ranks import (
     EMPTY,
     GUARD,
@@ -117,6 +118,25 @@ def test_thousands_of_tokens(
             check(ranks, problem, tuning)
         assert not any(ranks.failures())
         assert nranks == 1 or ranks.guards_are_intact()
+
+
+@pytest.mark.parametrize("capacity", [2049, 3001, 5000])
+@pytest.mark.parametrize("nranks", [2, 3, 5, 8, 16])
+def test_large_calls_have_a_place_for_each_token(
+    generator: torch.Generator, nranks: int, capacity: int
+) -> None:
+    """Their words do not lie in the order of tokens; no two may meet, in calls of any size."""
+    with LocalRanks(nranks, max_tokens=capacity) as ranks:
+        most = ranks.capacity
+        assert most >= capacity
+        for num_tokens in (most, most, 2049, 2048, most - 1, 1, most):
+            problem = make_problem(nranks, num_tokens, (64, 32), torch.bfloat16, generator)
+            check(ranks, problem, (1, 4, 128))
+        assert not any(ranks.failures())
+        assert ranks.guards_are_intact()
+        for rank in range(nranks):
+            for call in (0, 1):
+                assert (slot_of(ranks, rank, call) == as_int64(EMPTY_WORD)).all()
 
 
 def replay(
