@@ -92,9 +92,7 @@ class Report(SeriesReport):
         if not is_summary:
             columns["min to max"] = range_cell
         columns["HBM floor"] = floor_cell
-        if not is_summary:
-            columns |= self.other_columns()
-        columns |= peer_columns(series.cases)
+        columns |= self.other_columns() | peer_columns(series.cases)
         columns |= series.figure_columns(with_ratio=True)
         return columns | series.goal_columns()
 
