@@ -48,21 +48,22 @@ def find_sanitizer() -> str | None:
     )
 
 
+def environment_with(package: ModuleType) -> dict[str, str]:
+    """The environment for a script that is to import the package, wherever it lies."""
+    assert package.__file__ is not None
+    package_root = str(Path(package.__file__).parent.parent)
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def run_under_sanitizer(
     tool: str, package: ModuleType, driver: Path, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script, which can import the package, under one of SANITIZER_TOOLS."""
     sanitizer = find_sanitizer()
     assert sanitizer is not None
-    assert package.__file__ is not None
-    package_root = str(Path(package.__file__).parent.parent)
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        # Each tensor is a cudaMalloc of its own, of its own size.
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-    }
+    # Each tensor is a cudaMalloc of its own, of its own size.
+    environment = {**environment_with(package), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options, _ = SANITIZER_TOOLS[tool]
     command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "1"]
     return subprocess.run(

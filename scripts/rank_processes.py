@@ -11,7 +11,9 @@ import datetime
 import gc
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -253,7 +255,7 @@ class RankProcesses:
 Run = Callable[..., list[Any]]  # RankProcesses.run
 
 
-def runner(world_size: int) -> Iterator[Run]:
+def runner(world_size: int, devices: Sequence[str] | None = None) -> Iterator[Run]:
     """Runs functions on ranks that stay for the next test as long as none fails."""
     started: list[RankProcesses] = []
 
@@ -261,7 +263,7 @@ def runner(world_size: int) -> Iterator[Run]:
         if not started or started[-1].is_broken:
             # Without worker processes of torch.compile's own.
             env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            started.append(RankProcesses(world_size, env=env))
+            started.append(RankProcesses(world_size, devices, env=env))
         return started[-1].run(*args, **options)
 
     yield run
@@ -282,6 +284,29 @@ def spawn_ranks(
     """Start the processes of a ``RankProcesses``, run one function on them and end them."""
     with RankProcesses(world_size, devices, env=env, backend=backend) as processes:
         return processes.run(function, *args, timeout=timeout, may_die=may_die)
+
+
+def die_in(seconds: float) -> None:
+    """Kill this process a while from now, whatever it does then."""
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def check_survivors(function: Callable[..., dict[str, Any]], seed: int) -> None:
+    """Check that each survivor of a killed rank names it in time, and that they go on without it.
+
+    ``function(rank, seed, victim, timeout)`` calls until it is told so, and on the victim until it
+    dies. It returns how many calls were right, how long the last one took and what was said.
+    """
+    timeout, victim = 3.0, 1
+    results = spawn_ranks(
+        *(3, function, seed, victim, timeout), devices=cuda_devices(), may_die=[victim]
+    )
+    assert results.pop(victim) == Died(-signal.SIGKILL)
+    for result in results:
+        assert result["calls"] > 0
+        assert "rank 1 did not take part" in result["message"]
+        assert result["waited"] < timeout + 3
+        assert result["missing"] == [victim]
 
 
 def left_behind(rank: Rank, run: Callable[[int], None], rounds: int) -> dict[str, int]:

@@ -11,13 +11,11 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import platform
 import random
 import secrets
 import signal
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
 from importlib import import_module, metadata
@@ -27,7 +25,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from gpu_machine import driver_version
-from rank_processes import Died, Rank, cuda_devices, spawn_ranks
+from rank_processes import Died, Rank, cuda_devices, die_in, spawn_ranks
 
 CALLS_PER_GRAPH = 8
 GRAPHS = 24
@@ -160,8 +158,7 @@ def killed_stretch(rank: Rank, kind: type[Soak], seed: int, victim: int) -> dict
     soak.check()
     dist.barrier(rank.group)
     if rank.rank == victim:
-        delay = random.Random(seed).uniform(1, 2)
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        die_in(random.Random(seed).uniform(1, 2))
     begin = last = time.monotonic()
     lost = 0
     while time.monotonic() - begin < KILL_STRETCH:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
-import signal
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +13,7 @@ import torch
 import torch.distributed as dist
 from all_reduce_cases import DTYPES, assert_same_bits, differing, random_inputs
 from custom_ar import reference
-from rank_processes import Rank, left_behind
+from rank_processes import Rank, die_in, left_behind
 from torch import Tensor
 
 TIMEOUT = 30.0
@@ -305,8 +302,7 @@ def survive_a_kill(rank: Rank, seed: int, victim: int, timeout: float) -> dict[s
     torch.cuda.synchronize()
     dist.barrier(rank.group)
     if rank.rank == victim:
-        delay = random.Random(seed).uniform(0.5, 1.5)
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        die_in(random.Random(seed).uniform(0.5, 1.5))
     result = call_until_failure(communicator, inputs[rank.rank], expected, 60)
     result["missing"] = list(communicator.missing_ranks)
     communicator.close()

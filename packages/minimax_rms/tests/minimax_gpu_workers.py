@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import os
 import random
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +23,7 @@ from minimax_arithmetic import (
 )
 from minimax_cases import EPS, Problem, m2_widths, make_problem
 from minimax_local_ranks import POISON
-from rank_processes import Rank, left_behind
+from rank_processes import Rank, die_in, left_behind
 from rank_reports import error_of
 from torch import Tensor
 
@@ -345,8 +342,7 @@ def survive_a_kill(rank: Rank, seed: int, victim: int, timeout: float) -> dict[s
     torch.cuda.synchronize()
     dist.barrier(rank.group)
     if rank.rank == victim:
-        delay = random.Random(seed).uniform(0.5, 1.5)
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        die_in(random.Random(seed).uniform(0.5, 1.5))
     result = call_until_failure(workspace, problem, expected, 60)
     result["missing"] = workspace.missing_ranks
     workspace.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import minimax_gpu_workers as workers
 import minimax_rms
 import pytest
 import torch
+from gpu_machine import environment_with
 from rank_processes import RankProcesses, cuda_devices
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
@@ -62,11 +62,9 @@ def test_same_as_fallback(processes: RankProcesses, seed: int) -> None:
 
 
 def test_example() -> None:
-    package_root = str(Path(minimax_rms.__file__).parent.parent)
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [sys.executable, EXAMPLE],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment_with(minimax_rms),
         stdout=subprocess.PIPE,
         text=True,
         timeout=120,

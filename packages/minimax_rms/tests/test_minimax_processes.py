@@ -7,40 +7,23 @@ minimax_gpu_workers.py.
 from __future__ import annotations
 
 import re
-import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import minimax_gpu_workers as workers
 import pytest
 import torch
 from minimax_arithmetic import DTYPES
-from rank_processes import Died, RankProcesses, cuda_devices, spawn_ranks
+from rank_processes import Run, check_survivors, cuda_devices, runner, spawn_ranks
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-Run = Callable[..., list[Any]]
-
 
 @pytest.fixture(scope="module")
-def pair_holder() -> Iterator[list[RankProcesses]]:
-    holder: list[RankProcesses] = []
-    yield holder
-    for processes in holder:
-        processes.close()
-
-
-@pytest.fixture
-def run_pair(pair_holder: list[RankProcesses]) -> Run:
-    """Runs a function on two ranks, which stay for the next test as long as none fails."""
-    if not pair_holder or pair_holder[-1].is_broken:
-        # Without worker processes of torch.compile's own.
-        env = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        pair_holder.append(RankProcesses(2, cuda_devices(), env=env))
-    return pair_holder[-1].run
+def run_pair() -> Iterator[Run]:
+    yield from runner(2, cuda_devices())
 
 
 def test_two_ranks(run_pair: Run, seed: int) -> None:
@@ -131,15 +114,4 @@ def test_more_ranks(seed: int, world_size: int) -> None:
 
 def test_killed_rank(seed: int) -> None:
     """Each survivor names it in time, and they go on without it."""
-    timeout, victim = 3.0, 1
-    results = spawn_ranks(
-        *(3, workers.survive_a_kill, seed, victim, timeout),
-        devices=cuda_devices(),
-        may_die=[victim],
-    )
-    assert results.pop(victim) == Died(-signal.SIGKILL)
-    for result in results:
-        assert result["calls"] > 0
-        assert "rank 1 did not take part" in result["message"]
-        assert result["waited"] < timeout + 3
-        assert result["missing"] == [victim]
+    check_survivors(workers.survive_a_kill, seed)
