@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
       "int[]");
   m.def("_comm_size(int nranks, int max_tokens) -> int");
   m.def("_max_tokens(int nranks, int comm_size) -> int");
+  m.def("_places(int nranks, int comm_size, int num_tokens) -> int[]");
   m.def("_allocate(int num_bytes) -> (int, Tensor)");
   m.def("_open(Tensor handle) -> int");
   m.def("_free(int address) -> ()");
@@ -54,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(minimax_rms, CompositeExplicitAutograd, m) {
   m.impl("_choose_tuning", TORCH_BOX(&minimax_rms::choose_tuning_of));
   m.impl("_comm_size", TORCH_BOX(&minimax_rms::comm_size_of));
   m.impl("_max_tokens", TORCH_BOX(&minimax_rms::max_tokens_of));
+  m.impl("_places", TORCH_BOX(&minimax_rms::places_of));
   m.impl("_allocate", TORCH_BOX(&minimax_rms::allocate));
   m.impl("_open", TORCH_BOX(&minimax_rms::open));
   m.impl("_free", TORCH_BOX(&minimax_rms::free));

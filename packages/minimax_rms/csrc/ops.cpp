@@ -46,6 +46,11 @@ void check_multiprocessors(const char* op, int64_t num_multiprocessors) {
         "num_multiprocessors must be in [1, ", kMax, "], got ", num_multiprocessors);
 }
 
+void check_comm_size(const char* op, int64_t comm_size) {
+  check(comm_size >= 0 && comm_size < int64_t{1} << 48, op, "comm_size must be in [0, 2^48), got ",
+        comm_size);
+}
+
 const int64_t* check_workspace(const Argument& workspace, int64_t nranks) {
   workspace.has_dtype({ScalarType::Long});
   workspace.require(workspace.rank() == 1 && workspace.size(0) >= 3 * nranks + 2,
@@ -266,10 +271,10 @@ std::tuple<Tensor, Tensor> minimax_allreduce_rms_qk_as(
   check(num_blocks >= 1 && num_blocks < int64_t{1} << 31, kQkAs,
         "num_blocks must be in [1, 2^31), got ", num_blocks);
   const int64_t team = 32 * warps_per_token;
-  check(threads_per_block >= team && threads_per_block <= kMaxThreads &&
-            threads_per_block % team == 0,
+  const int64_t most = max_threads_of(static_cast<int>(warps_per_token));
+  check(threads_per_block >= team && threads_per_block <= most && threads_per_block % team == 0,
         kQkAs, "threads_per_block must be a multiple of 32 * warps_per_token = ", team, " up to ",
-        kMaxThreads, ", got ", threads_per_block);
+        most, ", got ", threads_per_block);
   const RmsNormTuning tuning = {static_cast<int>(warps_per_token), static_cast<int>(num_blocks),
                                 static_cast<int>(threads_per_block)};
   return run_qk(call, &tuning);
@@ -299,9 +304,21 @@ int64_t comm_size_of(int64_t nranks, int64_t max_tokens) {
 int64_t max_tokens_of(int64_t nranks, int64_t comm_size) {
   constexpr char kOp[] = "minimax_rms::_max_tokens";
   check_ranks(kOp, nranks);
-  check(comm_size >= 0 && comm_size < int64_t{1} << 48, kOp, "comm_size must be in [0, 2^48), got ",
-        comm_size);
+  check_comm_size(kOp, comm_size);
   return capacity_of(static_cast<int>(nranks), comm_size);
+}
+
+std::vector<int64_t> places_of(int64_t nranks, int64_t comm_size, int64_t num_tokens) {
+  constexpr char kOp[] = "minimax_rms::_places";
+  check_ranks(kOp, nranks);
+  check_comm_size(kOp, comm_size);
+  const int64_t capacity = capacity_of(static_cast<int>(nranks), comm_size);
+  check(num_tokens >= 0 && num_tokens <= capacity, kOp, "num_tokens must be in [0, ", capacity,
+        "], got ", num_tokens);
+  const Places places(static_cast<int>(nranks), comm_size, num_tokens);
+  std::vector<int64_t> all(num_tokens);
+  for (int64_t token = 0; token < num_tokens; ++token) all[token] = places.of(token);
+  return all;
 }
 
 std::tuple<int64_t, Tensor> allocate(int64_t num_bytes) {

@@ -33,7 +33,7 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,
   const int warps = tuning.warps_per_token;
   const int threads = tuning.threads_per_block;
   const bool is_team = warps == 1 || warps == 2 || warps == 4 || warps == 8;
-  if (!is_team || tuning.num_blocks < 1 || threads < 1 || threads > kMaxThreads ||
+  if (!is_team || tuning.num_blocks < 1 || threads < 1 || threads > max_threads_of(warps) ||
       threads % (warps * kWarpSize) != 0) {
     return cudaErrorInvalidValue;
   }

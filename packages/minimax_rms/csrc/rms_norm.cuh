@@ -84,9 +84,11 @@ __device__ __forceinline__ float sum_squares(uint4 v) {
 template <int kWarps>
 struct Team {
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kMaxPerBlock = kMaxThreads / kThreads;
+  static constexpr int kMaxPerBlock = max_threads_of(kWarps) / kThreads;
 
-  static __device__ __forceinline__ int per_block() { return blockDim.x / kThreads; }
+  static __device__ __forceinline__ int per_block() {
+    return kMaxPerBlock == 1 ? 1 : blockDim.x / kThreads;
+  }
   static __device__ __forceinline__ int index() { return threadIdx.x / kThreads; }
   static __device__ __forceinline__ int thread() { return threadIdx.x % kThreads; }
   static __device__ __forceinline__ int warp() { return thread() / kWarpSize; }
@@ -95,10 +97,21 @@ struct Team {
   static __device__ __forceinline__ void synchronize() {
     if constexpr (kWarps == 1) {
       __syncwarp();
+    } else if constexpr (kMaxPerBlock == 1) {
+      __syncthreads();
     } else {
       // Barrier 0 is __syncthreads().
-      asm volatile("barrier.sync %0, %1;" ::"r"(index() + 1), "n"(kThreads) : "memory");
+      static_assert(kMaxPerBlock == 2);
+      index() == 0 ? synchronize_at<1>() : synchronize_at<2>();
     }
+  }
+
+ private:
+  // The barrier is a literal: for one in a register the block would take all 16 that it can have,
+  // and a multiprocessor has too few of them for many such blocks. Aligned: a warp is of one team.
+  template <int kBarrier>
+  static __device__ __forceinline__ void synchronize_at() {
+    asm volatile("barrier.sync.aligned %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
   }
 };
 
@@ -411,10 +424,13 @@ class Rows {
   int num_vectors_;
 };
 
-// What a team multiplies its rows with: kept in registers, or read as they are needed.
-template <typename TeamRows, int kVectors, bool kIsKept>
+// What a team multiplies its rows with: kept in registers, or read as they are needed, some at
+// once.
+template <typename TeamRows, int kVectors, bool kIsKept, int kCountAtOnce = kVectors>
 class Weights {
  public:
+  static constexpr int kAtOnce = kCountAtOnce;
+
   __device__ __forceinline__ void load(const TeamRows& rows) {
     if constexpr (kIsKept) {
 #pragma unroll
@@ -470,9 +486,20 @@ class Row {
                                         typename TeamRows::Target target,
                                         const TeamWeights& weights, Sums sums) const {
     const Sums scales = rows.scales(sums);
+    // Several weights before anything is stored: the compiler loads nothing ahead of a store, which
+    // may be to the same place, so each would be waited for.
+    constexpr int kAtOnce = TeamWeights::kAtOnce;
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      rows.store_normalized(target, j, vectors_[j], weights.get(rows, j), scales);
+    for (int first = 0; first < kVectors; first += kAtOnce) {
+      uint4 some_weights[kAtOnce];
+#pragma unroll
+      for (int j = first; j < first + kAtOnce && j < kVectors; ++j) {
+        some_weights[j - first] = weights.get(rows, j);
+      }
+#pragma unroll
+      for (int j = first; j < first + kAtOnce && j < kVectors; ++j) {
+        rows.store_normalized(target, j, vectors_[j], some_weights[j - first], scales);
+      }
     }
     if constexpr (kIsWide) {
       const char* const source = rows.source(token);
@@ -657,7 +684,7 @@ struct Turns {
 
 // One rank alone: a plain RMSNorm.
 template <typename Element, int kWarps, int kVectors, bool kIsWide, int kEven>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(max_threads_of(kWarps), min_blocks_of(kWarps))
     lone_rms_norm_kernel(const __grid_constant__ RmsNormParams params) {
   using namespace device;
   using TeamRows = Rows<Element, kWarps, kEven>;
@@ -681,7 +708,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 // The ranks' part of a call. If kIsPipelined, a team loads its next row while it waits for the
 // peers; else it keeps its registers for the weights, to be done sooner with the one it has.
 template <typename Element, int kWarps, int kVectors, bool kIsWide, int kEven, bool kIsPipelined>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(max_threads_of(kWarps), min_blocks_of(kWarps))
     rms_norm_kernel(const __grid_constant__ RmsNormParams params) {
   using namespace device;
   using TeamRows = Rows<Element, kWarps, kEven>;
@@ -690,6 +717,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   // Or so many that there are no registers for what they need otherwise.
   constexpr bool kKeepsWeights =
       !kIsPipelined && (kVectors <= kFew || (kEven > 0 && kVectors <= 7));
+  constexpr int kWeightsAtOnce = kIsPipelined && kEven == 0 ? 2 : 4;
   const TeamRows rows(params);
   const Turns<kWarps> turns;
   // Who talks for the team, and who tidies up: the last warp, which may have less of the row.
@@ -717,7 +745,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const int64_t next = token + turns.stride;
       const bool is_last = next >= params.num_tokens;
       if (is_leader && !is_last) call.prefetch(next);
-      Weights<TeamRows, kVectors, kKeepsWeights> weights;
+      Weights<TeamRows, kVectors, kKeepsWeights, kWeightsAtOnce> weights;
       weights.load(rows);
       TeamRow next_row;
       if (!is_last) {

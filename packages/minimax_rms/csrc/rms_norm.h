@@ -13,7 +13,6 @@ namespace minimax_rms {
 
 constexpr int kMaxRanks = 16;
 constexpr int kVectorBytes = 16;
-constexpr int kMaxThreads = 512;
 
 using stable_common::ElementType;
 
@@ -93,12 +92,22 @@ constexpr int64_t comm_size_for(int num_ranks, int64_t max_tokens) {
 constexpr int kDescriptorTokenBits = 36;
 constexpr uint64_t kDescriptorHasK = uint64_t{1} << kDescriptorTokenBits;
 
-// How a call is cut: on all ranks alike, lest blocks wait for some that find no room.
+// How a call is cut: on all ranks alike, lest blocks wait for some that find no room. Rows that a
+// team is too small for go to the largest, one in each block.
 struct RmsNormTuning {
   int warps_per_token = 1;      // 1, 2, 4 or 8
   int num_blocks = 1;           // each takes tokens in turn
-  int threads_per_block = 128;  // a multiple of 32 * warps_per_token, at most kMaxThreads
+  int threads_per_block = 128;  // a multiple of 32 * warps_per_token, at most max_threads_of()
 };
+
+// The most threads of a block with teams of so many warps. Large teams have one each, whose barrier
+// is the block's.
+constexpr int max_threads_of(int warps_per_token) {
+  return warps_per_token == 1 ? 512 : warps_per_token <= 4 ? 128 : 256;
+}
+
+// How many such blocks find room on a multiprocessor at the least: threads with 128 registers each.
+constexpr int min_blocks_of(int warps_per_token) { return 512 / max_threads_of(warps_per_token); }
 
 // The most vectors of a row that a thread holds, in a team of so many warps; of more vectors only
 // the largest team takes a row.
