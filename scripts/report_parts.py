@@ -263,9 +263,11 @@ class SeriesReport(ABC):
 
     def _legend(self) -> str:
         """What the columns mean and where figures come from."""
-        text = f"{self.columns_note} All is from this run but for “elsewhere”."
+        text = f"{self.columns_note} All is from this run"
         if any(series.figures for series in self.series):
-            text += f" “Elsewhere”: {self.references['source']}"
+            text += f" but for “elsewhere”. “Elsewhere”: {self.references['source']}"
+        else:
+            text += "."
         return prose(text)
 
     def _others_table(self) -> str:

@@ -52,9 +52,9 @@ class Report(SeriesReport):
         super().__init__(result, references)
 
     def scope(self, case: Json) -> Json | None:
-        """The number of GPUs, of other formats and of one tensor none."""
+        """The GPUs and how many, of other formats and of one tensor none."""
         is_main = (case["op"], case["dtype"]) == (self.op, self.dtype)
-        return {"world_size": self.world_size} if is_main else None
+        return {"gpu": self.result["gpu"], "world_size": self.world_size} if is_main else None
 
     def kind(self, case: Json) -> str:
         """`float16, q and k`, or `bfloat16, one tensor of 3072`."""

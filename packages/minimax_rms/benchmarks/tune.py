@@ -38,7 +38,9 @@ from minimax_rms._library import LIBRARY_PATH
 from torch import Tensor
 
 TOKENS = tuple(2**i for i in range(14))
-WARPS = (1, 2, 4, 8)
+# By warps for a token: the most threads of a block, and vectors of 16 bytes of a thread; see
+# max_threads_of() and max_vectors_of() in csrc/rms_norm.h.
+TEAMS = {1: (512, 7), 2: (128, 7), 4: (128, 7), 8: (256, 4)}
 THREADS = (32, 64, 128, 256, 512)  # as many of them as are whole teams
 # Beside a grid that has a warp, or several, for each token: 1/2 to 16 blocks a multiprocessor.
 MAX_BLOCKS = (66, 132, 264, 528, 1056, 2112)
@@ -63,12 +65,18 @@ class Tuning:
         return f"{self.warps_per_token}w {self.num_blocks:4}x{self.threads_per_block:<3}"
 
 
-def tunings(tokens: int) -> list[Tuning]:
-    """Return what to try: grids with as many teams of warps as tokens, and smaller ones."""
+def tunings(tokens: int, row_bytes: int) -> list[Tuning]:
+    """Return what to try: grids with as many teams of warps as tokens, and smaller ones.
+
+    Teams that cannot hold a row are left out: another one would take it.
+    """
     tried = []
-    for warps in WARPS:
-        for threads in (count for count in THREADS if count % (32 * warps) == 0):
-            enough = math.ceil(tokens / (threads // (32 * warps)))
+    for warps, (most, vectors) in TEAMS.items():
+        team = 32 * warps
+        if row_bytes > 16 * vectors * team:
+            continue
+        for threads in (count for count in THREADS if count % team == 0 and count <= most):
+            enough = math.ceil(tokens / (threads // team))
             blocks = [enough, *(most for most in MAX_BLOCKS if most < enough)]
             tried += [Tuning(warps, count, threads) for count in blocks]
     return tried
@@ -172,7 +180,7 @@ class Tuner:
                 row_bytes, self.world.size, case.tokens, multiprocessors
             )
         )
-        tried = sorted({*tunings(case.tokens), chosen})
+        tried = sorted({*tunings(case.tokens, row_bytes), chosen})
         results = {tuning: self.time(tuning, FIRST_REPETITIONS) for tuning in tried}
 
         def us(tuning: Tuning) -> float:
