@@ -164,10 +164,8 @@ class LocalRanks(RankStreams):
         _, num_blocks, threads = self.ops._choose_tuning(
             row_bytes, self.nranks, num_tokens, self._multiprocessors
         )
-        # A thread may have 256 registers, in blocks that leave it as many. Wide rows take 256
-        # threads, whatever was chosen.
-        threads = max(threads, 256)
-        per_multiprocessor = max(self._REGISTERS // (256 * threads), 1)
+        # A thread has no more than 128 registers.
+        per_multiprocessor = self._REGISTERS // (128 * threads)
         return bool(2 * self.nranks * num_blocks <= per_multiprocessor * self._multiprocessors)
 
     def call(

@@ -210,6 +210,9 @@ def test_words_come_one_by_one(generator: torch.Generator, tuning: tuple[int, ..
     [
         *(((80, 16), tuning) for tuning in ((1, 1, 32), (1, 3, 96), (2, 3, 64), (4, 2, 128))),
         ((80, 16), (8, 2, 256)),
+        # Teams that share a block, in turns that one of them may fail in sooner.
+        *(((80, 16), tuning) for tuning in ((1, 2, 128), (2, 3, 128))),
+        ((384, 64), (2, 2, 128)),
         # Teams that have no room to load their next row while they wait, and rows of which they
         # hold a part.
         ((300, 30), (1, 3, 96)),

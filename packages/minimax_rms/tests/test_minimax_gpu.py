@@ -104,7 +104,7 @@ def test_many_tokens(
 
 
 @pytest.mark.parametrize(
-    "tuning", [(1, 33, 256), (2, 200, 64), (2, 50, 256), (4, 132, 128), (8, 60, 256)], ids=str
+    "tuning", [(1, 33, 256), (2, 200, 64), (2, 100, 128), (4, 132, 128), (8, 60, 256)], ids=str
 )
 @pytest.mark.parametrize("nranks", [1, 2])
 def test_thousands_of_tokens(
@@ -1360,7 +1360,7 @@ def test_bad_timeout_variable(generator: torch.Generator, value: str) -> None:
     "tuning",
     [
         *((3, 1, 96), (0, 1, 32), (16, 1, 512), (1, 0, 32), (1, 1, 0), (1, 1, 33), (1, 1, 544)),
-        *((2, 1, 32), (2, 1, 96), (4, 1, 544), (8, 1, 128)),
+        *((2, 1, 32), (2, 1, 96), (2, 1, 256), (4, 1, 256), (8, 1, 128), (8, 1, 512)),
     ],
     ids=str,
 )

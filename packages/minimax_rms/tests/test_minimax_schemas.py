@@ -41,6 +41,7 @@ PRIVATE = {
     "_choose_tuning",
     "_comm_size",
     "_max_tokens",
+    "_places",
     "_allocate",
     "_open",
     "_free",
@@ -142,10 +143,52 @@ def test_tuning_is_what_the_explicit_operator_takes() -> None:
                 warps, blocks, threads = overload("_choose_tuning")(
                     row_bytes, nranks, num_tokens, 132
                 )
-                assert warps in (1, 2, 4, 8)
+                most_threads = {1: 512, 2: 128, 4: 128, 8: 256}[warps]
                 assert 1 <= blocks < 1 << 31
                 assert threads % (32 * warps) == 0
-                assert 32 <= threads <= 512
+                assert 32 <= threads <= most_threads
+                teams = blocks * threads // (32 * warps)
+                teams_of_a_block = threads // (32 * warps)
+                # None without a token, but for those that share a block with others.
+                assert teams < num_tokens + teams_of_a_block
+                # Each multiprocessor has some of the work, or every third at the least.
+                assert 3 * blocks >= min(num_tokens, 132)
+                if teams < num_tokens:
+                    # As many as find room at a time: 512 threads of 128 registers, or 1024 of 64.
+                    assert blocks * threads == 132 * (1024 if nranks == 1 else 512)
+
+
+@pytest.mark.parametrize("nranks", range(1, 17))
+def test_places_of_tokens(nranks: int) -> None:
+    """Each token has a place of its own within the capacity; in large calls also another line."""
+    places_of = overload("_places")
+    line = max(128 // (8 * nranks), 1)  # tokens
+    for max_tokens in (1, 100, 2048, 2049, 3001, 8192, 20_000):
+        comm_size = overload("_comm_size")(nranks, max_tokens)
+        capacity = overload("_max_tokens")(nranks, comm_size)
+        assert capacity >= max_tokens
+        for num_tokens in {0, 1, min(2048, capacity), min(2049, capacity), capacity - 1, capacity}:
+            places = places_of(nranks, comm_size, num_tokens)
+            assert len(places) == num_tokens
+            if num_tokens <= 2048:
+                assert places == list(range(num_tokens))
+                continue
+            assert len(set(places)) == num_tokens
+            assert min(places) >= 0
+            assert max(places) < capacity
+            # The lines of a power of two of tokens in turn, at least half of what there are.
+            lines = 1 << (comm_size // 128).bit_length() - 1
+            for token in range(0, min(num_tokens, lines * line) - 1, 7):
+                assert places[token] // line != places[token + 1] // line
+
+
+def test_places_beyond_the_capacity() -> None:
+    comm_size = overload("_comm_size")(2, 100)
+    capacity = overload("_max_tokens")(2, comm_size)
+    allowed = rf"minimax_rms::_places: num_tokens must be in \[0, {capacity}\]"
+    for num_tokens in (-1, capacity + 1):
+        with pytest.raises(RuntimeError, match=f"^{allowed}, got {num_tokens}$"):
+            overload("_places")(2, comm_size, num_tokens)
 
 
 # Operators of a single rank on the CPU.
