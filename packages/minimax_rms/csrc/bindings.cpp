@@ -23,8 +23,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
       "Tensor workspace, int q_size, int kv_size, int rank, int nranks, float eps, "
       "int warps_per_token, int num_blocks, int threads_per_block) -> (Tensor, Tensor)");
   m.def(
-      "_choose_tuning(int row_bytes, int nranks, int num_tokens, int num_multiprocessors) -> "
-      "int[]");
+      "_choose_tuning(int row_bytes, int nranks, int num_tokens, int num_multiprocessors, "
+      "bool shares_gpu=False) -> int[]");
   m.def("_comm_size(int nranks, int max_tokens) -> int");
   m.def("_max_tokens(int nranks, int comm_size) -> int");
   m.def("_places(int nranks, int comm_size, int num_tokens) -> int[]");
@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
   m.def("_free(int address) -> ()");
   m.def(
       "_register(Tensor workspace, int rank, int nranks, int max_tokens, int "
-      "num_multiprocessors, float timeout) -> ()");
+      "num_multiprocessors, float timeout, bool shares_gpu=False) -> ()");
   m.def("_set_timeout(Tensor workspace, float seconds) -> ()");
   m.def("_check(Tensor workspace) -> ()");
   m.def("_missing_ranks(Tensor workspace) -> int[]");

@@ -196,7 +196,8 @@ std::tuple<Tensor, Tensor> run(Call call, const RmsNormTuning* forced) {
                         : choose_tuning(call.params.q_vectors + call.params.k_vectors,
                                         call.num_ranks, call.params.num_tokens,
                                         workspace != nullptr ? workspace->num_multiprocessors()
-                                                             : device.num_multiprocessors);
+                                                             : device.num_multiprocessors,
+                                        workspace != nullptr && workspace->shares_gpu());
   const cudaStream_t stream = stable_common::current_stream(call.device.index);
   if (workspace != nullptr) {
     workspace->launch(call.op, call.params, call.type, tuning, stream);
@@ -281,15 +282,16 @@ std::tuple<Tensor, Tensor> minimax_allreduce_rms_qk_as(
 }
 
 std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t num_tokens,
-                                      int64_t num_multiprocessors) {
+                                      int64_t num_multiprocessors, bool shares_gpu) {
   constexpr char kOp[] = "minimax_rms::_choose_tuning";
   check_ranks(kOp, nranks);
   check(row_bytes > 0 && row_bytes % kVectorBytes == 0, kOp, "row_bytes must be a positive ",
         "multiple of ", kVectorBytes, ", got ", row_bytes);
   check(num_tokens > 0, kOp, "num_tokens must be positive, got ", num_tokens);
   check_multiprocessors(kOp, num_multiprocessors);
-  const RmsNormTuning tuning = choose_tuning(row_bytes / kVectorBytes, static_cast<int>(nranks),
-                                             num_tokens, static_cast<int>(num_multiprocessors));
+  const RmsNormTuning tuning =
+      choose_tuning(row_bytes / kVectorBytes, static_cast<int>(nranks), num_tokens,
+                    static_cast<int>(num_multiprocessors), shares_gpu);
   return {tuning.warps_per_token, tuning.num_blocks, tuning.threads_per_block};
 }
 
@@ -346,7 +348,7 @@ void free(int64_t address) {
 }
 
 void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, int64_t max_tokens,
-                        int64_t num_multiprocessors, double timeout) {
+                        int64_t num_multiprocessors, double timeout, bool shares_gpu) {
   constexpr char kOp[] = "minimax_rms::_register";
   check_rank(kOp, rank, nranks);
   const Argument argument(kOp, "workspace", workspace);
@@ -360,7 +362,7 @@ void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, i
   forget_workspace(address);
   const auto added = find_or_add_workspace(kOp, address, static_cast<int>(rank),
                                            static_cast<int>(nranks), argument.device().index);
-  added->set_limits(max_tokens, static_cast<int>(num_multiprocessors));
+  added->set_limits(max_tokens, static_cast<int>(num_multiprocessors), shares_gpu);
   added->set_timeout(timeout);
 }
 

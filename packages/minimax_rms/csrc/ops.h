@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> minimax_allreduce_rms_qk_as(
     const Tensor& workspace, int64_t q_size, int64_t kv_size, int64_t rank, int64_t nranks,
     double eps, int64_t warps_per_token, int64_t num_blocks, int64_t threads_per_block);
 std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t num_tokens,
-                                      int64_t num_multiprocessors);
+                                      int64_t num_multiprocessors, bool shares_gpu);
 
 int64_t comm_size_of(int64_t nranks, int64_t max_tokens);
 int64_t max_tokens_of(int64_t nranks, int64_t comm_size);
@@ -44,7 +44,7 @@ int64_t open(const Tensor& handle);
 void free(int64_t address);
 
 void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, int64_t max_tokens,
-                        int64_t num_multiprocessors, double timeout);
+                        int64_t num_multiprocessors, double timeout, bool shares_gpu);
 void set_timeout(const Tensor& workspace, double seconds);
 void check_calls(const Tensor& workspace);
 std::vector<int64_t> missing_ranks(const Tensor& workspace);

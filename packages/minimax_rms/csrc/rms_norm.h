@@ -113,9 +113,10 @@ constexpr int min_blocks_of(int warps_per_token) { return 512 / max_threads_of(w
 // the largest team takes a row.
 constexpr int max_vectors_of(int warps_per_token) { return warps_per_token <= 4 ? 7 : 4; }
 
-// `row_vectors` is how many vectors q and k have together.
+// `row_vectors` is how many vectors q and k have together. If ranks share a GPU, all blocks of a
+// call find room on `num_multiprocessors` at a time.
 RmsNormTuning choose_tuning(int64_t row_vectors, int num_ranks, int64_t num_tokens,
-                            int num_multiprocessors);
+                            int num_multiprocessors, bool shares_gpu);
 
 struct RmsNormParams {
   using Header = WorkspaceHeader;

@@ -1,10 +1,15 @@
-// Which tuning a call gets: from sweeps on two H200s, over MiniMax-M2's rows on two ranks and, as
-// wide as those of four, again on two.
+// Which tuning a call gets: from sweeps on two H100s and two H200s, over MiniMax-M2's rows on two
+// ranks and, as wide as those of four, again on two.
 //
 // Few tokens are a matter of latency: large teams, that have a row's sum soon. The more tokens, the
 // smaller the team: it spends less on each, and more rows fit the registers (16 warps with some 128
 // registers each on a multiprocessor). With more tokens than teams, these load their next row while
 // they wait for their peers.
+//
+// With many more, teams have as many turns as each other, rather than some one more. From six turns
+// on there are more blocks than find room at a time, for rows like MiniMax-M2's: those that begin
+// late even out what others lose by waiting for their peers. Blocks of other rows take longer to
+// begin, and ranks that share a GPU must find room there all at once.
 //
 // Small teams share blocks, since each block takes a number when it begins and counts itself when
 // it ends, one by one; but so few that there is a block for every third multiprocessor.
@@ -38,6 +43,16 @@ int choose_team(int64_t row_vectors, int num_ranks, int64_t tokens_per_multiproc
   return smallest_team(row_vectors, tokens_per_multiprocessor <= 1 ? 2 : 7);
 }
 
+// How many teams take the tokens of a call, `most` of them at a time.
+int64_t choose_teams(int64_t row_vectors, int warps, int num_ranks, int64_t num_tokens,
+                     int64_t most, bool shares_gpu) {
+  constexpr int64_t kMaxTurns = 5;
+  if (num_ranks == 1 || num_tokens <= 3 * most) return std::min(num_tokens, most);
+  const bool is_full = row_vectors == int64_t{max_vectors_of(warps)} * warps * kWarpSize;
+  const int64_t waves = is_full && !shares_gpu ? divide_up(num_tokens, kMaxTurns * most) : 1;
+  return divide_up(num_tokens, divide_up(num_tokens, waves * most));
+}
+
 int choose_teams_per_block(int warps, int64_t teams, int num_multiprocessors) {
   int most = max_threads_of(warps) / (warps * kWarpSize);
   if (warps == 1) most = teams <= 4 * int64_t{num_multiprocessors} ? 4 : 8;
@@ -48,13 +63,14 @@ int choose_teams_per_block(int warps, int64_t teams, int num_multiprocessors) {
 }  // namespace
 
 RmsNormTuning choose_tuning(int64_t row_vectors, int num_ranks, int64_t num_tokens,
-                            int num_multiprocessors) {
+                            int num_multiprocessors, bool shares_gpu) {
   const int64_t tokens_per_multiprocessor = divide_up(num_tokens, num_multiprocessors);
   const int warps = choose_team(row_vectors, num_ranks, tokens_per_multiprocessor);
   const int64_t most_teams =
       int64_t{num_multiprocessors} *
       std::max(1, (num_ranks == 1 ? 2 : 1) * kWarpsPerMultiprocessor / warps);
-  const int64_t teams = std::min(num_tokens, most_teams);
+  const int64_t teams =
+      choose_teams(row_vectors, warps, num_ranks, num_tokens, most_teams, shares_gpu);
   const int per_block = choose_teams_per_block(warps, teams, num_multiprocessors);
   RmsNormTuning tuning;
   tuning.warps_per_token = warps;

@@ -26,6 +26,7 @@ class Workspace {
 
   // Of the device, unless set_limits() said otherwise.
   int num_multiprocessors() const { return num_multiprocessors_; }
+  bool shares_gpu() const { return shares_gpu_; }
 
   bool is_of(int rank, int num_ranks, int device_index) const {
     return rank_ == rank && num_ranks_ == num_ranks && device_index_ == device_index;
@@ -35,11 +36,12 @@ class Workspace {
   void set_timeout(double seconds) {
     timeout_ns_ = std::max(static_cast<uint64_t>(seconds * 1e9), uint64_t{1});
   }
-  // What is known of a workspace that is registered: the tokens of its largest call, and which
-  // multiprocessors calls are cut for, the same number on all ranks.
-  void set_limits(int64_t max_tokens, int num_multiprocessors) {
+  // What is known of a workspace that is registered: the tokens of its largest call, and, the same
+  // on all ranks, how many multiprocessors calls are cut for and whether any ranks share a GPU.
+  void set_limits(int64_t max_tokens, int num_multiprocessors, bool shares_gpu) {
     max_tokens_ = max_tokens;
     num_multiprocessors_ = num_multiprocessors;
+    shares_gpu_ = shares_gpu;
   }
   bool is_registered() const { return max_tokens_ >= 0; }
 
@@ -64,6 +66,7 @@ class Workspace {
   uint64_t timeout_ns_ = 0;  // 0: to be read from the environment
   int64_t max_tokens_ = -1;  // not known
   int num_multiprocessors_ = 0;
+  bool shares_gpu_ = false;
   stable_common::DeviceProperties device_;
   stable_common::PeerFailure failure_;
   std::mutex mutex_;  // guards what follows

@@ -151,7 +151,9 @@ class LocalRanks(RankStreams):
         """Let the host know the workspaces as those of ranks that share a GPU."""
         multiprocessors = max(self._multiprocessors // (2 * self.nranks), 1)
         for rank, workspace in enumerate(self.workspaces):
-            self.ops._register(workspace, rank, self.nranks, max_tokens, multiprocessors, timeout)
+            self.ops._register(
+                workspace, rank, self.nranks, max_tokens, multiprocessors, timeout, True
+            )
 
     def set_timeout(self, seconds: float) -> None:
         for workspace in self.workspaces:

@@ -259,10 +259,12 @@ class StandIn(peer_group_workers.StandIn):
         max_tokens: int,
         num_multiprocessors: int,
         timeout: float,
+        shares_gpu: bool,
     ) -> None:
         self.enter("_register")
         assert (rank, nranks) == (self.rank.rank, self.rank.world_size)
         assert num_multiprocessors == 1  # there is none to share
+        assert shares_gpu
         self.check_workspace(workspace, max_tokens)
         self.registered = workspace
         self.timeouts.append(timeout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
@@ -136,26 +137,52 @@ def test_sizes_need_no_device(nranks: int) -> None:
     assert max_tokens(nranks, 0) == 0
 
 
-def test_tuning_is_what_the_explicit_operator_takes() -> None:
-    for nranks in (1, 2, 4, 16):
-        for row_bytes in (16, 1024, 7168, 14336, 1 << 20):
-            for num_tokens in (1, 17, 132, 2048, 8192, 1 << 20):
-                warps, blocks, threads = overload("_choose_tuning")(
-                    row_bytes, nranks, num_tokens, 132
-                )
-                most_threads = {1: 512, 2: 128, 4: 128, 8: 256}[warps]
-                assert 1 <= blocks < 1 << 31
-                assert threads % (32 * warps) == 0
-                assert 32 <= threads <= most_threads
-                teams = blocks * threads // (32 * warps)
-                teams_of_a_block = threads // (32 * warps)
-                # None without a token, but for those that share a block with others.
-                assert teams < num_tokens + teams_of_a_block
-                # Each multiprocessor has some of the work, or every third at the least.
-                assert 3 * blocks >= min(num_tokens, 132)
-                if teams < num_tokens:
-                    # As many as find room at a time: 512 threads of 128 registers, or 1024 of 64.
-                    assert blocks * threads == 132 * (1024 if nranks == 1 else 512)
+@pytest.mark.parametrize("shares_gpu", [False, True])
+@pytest.mark.parametrize("nranks", [1, 2, 4, 16])
+def test_tuning(nranks: int, shares_gpu: bool) -> None:
+    """It is what the explicit operator takes, has work for the GPU, and room where it must."""
+    multiprocessors = 132
+    room = multiprocessors * (1024 if nranks == 1 else 512)  # threads, of 64 or 128 registers
+    for row_bytes in (16, 1024, 3584, 7168, 14336, 1 << 20):
+        for num_tokens in (1, 17, 132, 300, 2048, 4096, 4500, 6500, 8192, 40_000, 1 << 20):
+            warps, blocks, threads = overload("_choose_tuning")(
+                row_bytes, nranks, num_tokens, multiprocessors, shares_gpu
+            )
+            assert threads <= {1: 512, 2: 128, 4: 128, 8: 256}[warps]
+            assert threads % (32 * warps) == 0
+            teams_of_a_block = threads // (32 * warps)
+            teams = blocks * teams_of_a_block
+            # None without a token, but for those that share a block with others.
+            assert teams < num_tokens + teams_of_a_block
+            # Each multiprocessor has some of the work, or every third at the least.
+            assert 3 * blocks >= min(num_tokens, multiprocessors)
+            at_a_time = room // (32 * warps)
+            turns = math.ceil(num_tokens / teams)
+            if num_tokens <= 3 * at_a_time or nranks == 1:
+                assert teams >= min(num_tokens, at_a_time)
+            else:
+                # As many turns for all, but where teams that share a block were too many.
+                assert teams - teams_of_a_block < math.ceil(num_tokens / turns)
+            if shares_gpu or nranks == 1 or turns > 5:
+                assert blocks * threads <= room
+
+
+def test_tuning_of_many_tokens() -> None:
+    """MiniMax-M2's rows on two and on four ranks, with GPUs of their own and without."""
+    choose_tuning = overload("_choose_tuning")
+    for nranks, row_bytes, warps, threads in ((2, 7168, 2, 128), (4, 3584, 1, 256)):
+        for num_tokens in (6500, 8192, 20_000, 100_000):
+            count = num_tokens * nranks // 2
+            args = (row_bytes, nranks, count, 132)
+            one_wave = choose_tuning(*args, True)
+            waves = choose_tuning(*args)
+            assert [one_wave[0], one_wave[2]] == [waves[0], waves[2]] == [warps, threads]
+            assert one_wave[1] * threads <= 132 * 512 < waves[1] * threads
+            assert 3 <= count / (waves[1] * threads // (32 * warps)) <= 5
+            # Rows that are not like those.
+            assert choose_tuning(row_bytes - 16, *args[1:]) == choose_tuning(
+                row_bytes - 16, *args[1:], True
+            )
 
 
 @pytest.mark.parametrize("nranks", range(1, 17))

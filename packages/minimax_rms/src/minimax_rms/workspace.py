@@ -355,7 +355,12 @@ class Workspace:
     def _set_up(self, facts: Sequence[_Facts]) -> str | None:
         """Share memory with the peers and try it; return what failed, on whichever rank."""
         memory = _SharedMemory(
-            self.device, self.rank, self.nranks, self.max_tokens, _num_multiprocessors(facts)
+            self.device,
+            self.rank,
+            self.nranks,
+            self.max_tokens,
+            _num_multiprocessors(facts),
+            shares_gpu=max(_ranks_on(facts).values()) > 1,
         )
         failure: str | None = self._peers.set_up(
             memory,
@@ -423,12 +428,15 @@ class _SharedMemory:
         nranks: int,
         max_tokens: int,
         num_multiprocessors: int,
+        *,
+        shares_gpu: bool,
     ) -> None:
         self._device = device
         self._rank = rank
         self._nranks = nranks
         self._max_tokens = max_tokens
         self._num_multiprocessors = num_multiprocessors
+        self._shares_gpu = shares_gpu
         self._comm_size: int = _ops._comm_size(nranks, max_tokens)
         self._buffers = PeerBuffers(
             device, rank, allocate=_ops._allocate, open=_ops._open, free=_ops._free
@@ -461,7 +469,7 @@ class _SharedMemory:
             # A call may be on any stream.
             torch.cuda.synchronize(self._device)
             limits = (self._max_tokens, self._num_multiprocessors, PROBE_SECONDS)
-            _ops._register(tensor, self._rank, self._nranks, *limits)
+            _ops._register(tensor, self._rank, self._nranks, *limits, self._shares_gpu)
         self.tensor = tensor
 
     def announce_close(self) -> None:
@@ -510,13 +518,18 @@ def _obstacle(facts: Sequence[_Facts]) -> str | None:
     return obstacle
 
 
+def _ranks_on(facts: Sequence[_Facts]) -> collections.Counter[str]:
+    """How many ranks each GPU has."""
+    return collections.Counter(fact.device_uuid for fact in facts)
+
+
 def _num_multiprocessors(facts: Sequence[_Facts]) -> int:
     """The multiprocessors to cut calls for, so that the blocks of all ranks find room at once.
 
     The same on all ranks. Ranks that share a GPU may run on it at the same time, and of each the
     next call's blocks wait there while this one's run.
     """
-    ranks_on = collections.Counter(fact.device_uuid for fact in facts)
+    ranks_on = _ranks_on(facts)
 
     def share(fact: _Facts) -> int:
         total: int = fact.num_multiprocessors
