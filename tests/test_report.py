@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def ar_tree(ar_bench, tmp_path: Path) -> Path:
     return make_tree(tmp_path, AR, results)
 
 
-def made_up_norms(bench: ModuleType, ranks: int) -> dict[str, Any]:
+def made_up_norms(bench: ModuleType, gpu: str, ranks: int) -> dict[str, Any]:
     """A result of minimax_rms's: 2.5 µs and 1.1 of the floor of memory that moves 4 TB/s."""
     records = []
     for case in bench.all_cases(ranks):
@@ -159,7 +160,7 @@ def made_up_norms(bench: ModuleType, ranks: int) -> dict[str, Any]:
         records.append(bench.case_record(case, timing, copy, peers, 4.0))
     copy = summarize([2 * bench.CEILING_COPY_BYTES / 4e6])
     host = {"Workspace.allreduce_rms_qk": summarize([9.0, 10.0, 11.0])}
-    environment = {"gpu": "Made-up GPU", "driver": "1.2", "torch": "2.11.0", "cpu": "CPU"}
+    environment = {"gpu": gpu, "driver": "1.2", "torch": "2.11.0", "cpu": "CPU"}
     environment |= {"world_size": ranks, "nccl": "2.28.9"}
     ceilings = bench.ceilings_record(copy, summarize([1.4]))
     return bench.report_record(environment, ceilings, records, host)
@@ -167,9 +168,10 @@ def made_up_norms(bench: ModuleType, ranks: int) -> dict[str, Any]:
 
 @pytest.fixture
 def rms_tree(rms_bench, tmp_path: Path) -> Path:
-    """A repository with made-up results of minimax_rms: on 2 GPUs, and on 8, without goals."""
+    """A repository with made-up results of minimax_rms; only those of two H200s have goals."""
     results = {
-        result_name("Made-up GPU", ranks): made_up_norms(rms_bench, ranks) for ranks in (2, 8)
+        result_name(gpu, ranks): made_up_norms(rms_bench, gpu, ranks)
+        for gpu, ranks in (("Made-up GPU", 2), ("NVIDIA H200", 2), ("NVIDIA H200", 8))
     }
     return make_tree(tmp_path, RMS, results)
 
@@ -278,13 +280,14 @@ def test_norms_are_drawn_with_goals_and_references(rms_tree: Path):
     assert drawn.returncode == 0, drawn.stderr
     assert report(rms_tree, "--check").returncode == 0
     plots = sorted(path.name for path in (rms_tree / RMS / "benchmarks" / "results").glob("*.svg"))
-    assert plots == ["made-up_gpu_x2.svg", "made-up_gpu_x8.svg"]
+    assert plots == ["made-up_gpu_x2.svg", "nvidia_h200_x2.svg", "nvidia_h200_x8.svg"]
 
     for readme in (rms_tree / RMS / "README.md", rms_tree / "README.md"):
-        of_2, of_8 = readme.read_text().split("8 × Made-up GPU, driver")
-        for text, plot in zip((of_2, of_8), plots, strict=True):
+        parts = re.split(r"[28] × NVIDIA H200, driver", readme.read_text())
+        for text, plot in zip(parts, plots, strict=True):
             assert f"benchmarks/results/{plot})" in text
             assert "minimax_rms 0.1.0 (library sha256 0123456789ab)" in " ".join(text.split())
+        other, of_2, of_8 = parts
         assert "q and k of 3072 + 512 elements on each" in of_2
         # 8192 rows of 3584 elements in and out at 4 TB/s, 1.1 of that and 2.5 µs.
         row = next(line for line in of_2.splitlines() if line.startswith("| 8192 "))
@@ -295,8 +298,10 @@ def test_norms_are_drawn_with_goals_and_references(rms_tree: Path):
         assert "| 25.6 (10.00×) |  | 5.13 (2.00×) | 2.9, met |" in of_2
         assert "3 of 6 goals are met. The closest of all peers is vLLM (elsewhere) at 2048" in of_2
         assert "q and k of 768 + 128 elements on each" in of_8
-        assert "goal" not in of_8
-        assert "elsewhere: vLLM" not in of_8
+        for text in (other, of_8):
+            assert "goal" not in text
+            assert "lsewhere" not in text
+            assert "All is from this run." in " ".join(text.split())
 
     detail = (rms_tree / RMS / "README.md").read_text()
     flat = " ".join(detail.split())

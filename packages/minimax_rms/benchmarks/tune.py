@@ -77,7 +77,7 @@ def tunings(tokens: int, row_bytes: int) -> list[Tuning]:
             continue
         for threads in (count for count in THREADS if count % team == 0 and count <= most):
             enough = math.ceil(tokens / (threads // team))
-            blocks = [enough, *(most for most in MAX_BLOCKS if most < enough)]
+            blocks = [enough, *(count for count in MAX_BLOCKS if count < enough)]
             tried += [Tuning(warps, count, threads) for count in blocks]
     return tried
 

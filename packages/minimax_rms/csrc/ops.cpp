@@ -46,6 +46,11 @@ void check_multiprocessors(const char* op, int64_t num_multiprocessors) {
         "num_multiprocessors must be in [1, ", kMax, "], got ", num_multiprocessors);
 }
 
+void check_tokens(const char* op, const char* name, int64_t tokens) {
+  check(tokens > 0 && tokens < int64_t{1} << kDescriptorTokenBits, op, name, " must be in [1, 2^",
+        kDescriptorTokenBits, "), got ", tokens);
+}
+
 void check_comm_size(const char* op, int64_t comm_size) {
   check(comm_size >= 0 && comm_size < int64_t{1} << 48, op, "comm_size must be in [0, 2^48), got ",
         comm_size);
@@ -287,7 +292,7 @@ std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t
   check_ranks(kOp, nranks);
   check(row_bytes > 0 && row_bytes % kVectorBytes == 0, kOp, "row_bytes must be a positive ",
         "multiple of ", kVectorBytes, ", got ", row_bytes);
-  check(num_tokens > 0, kOp, "num_tokens must be positive, got ", num_tokens);
+  check_tokens(kOp, "num_tokens", num_tokens);
   check_multiprocessors(kOp, num_multiprocessors);
   const RmsNormTuning tuning =
       choose_tuning(row_bytes / kVectorBytes, static_cast<int>(nranks), num_tokens,
@@ -298,8 +303,7 @@ std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t
 int64_t comm_size_of(int64_t nranks, int64_t max_tokens) {
   constexpr char kOp[] = "minimax_rms::_comm_size";
   check_ranks(kOp, nranks);
-  check(max_tokens > 0 && max_tokens < int64_t{1} << kDescriptorTokenBits, kOp,
-        "max_tokens must be in [1, 2^", kDescriptorTokenBits, "), got ", max_tokens);
+  check_tokens(kOp, "max_tokens", max_tokens);
   return comm_size_for(static_cast<int>(nranks), max_tokens);
 }
 

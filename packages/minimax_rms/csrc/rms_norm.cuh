@@ -12,9 +12,11 @@
 // stored is performed before wait_for_previous_grid() returns in the next, which sends after that.
 //
 // A token is handled by the same team on all ranks, and blocks start in the order of their numbers.
-// So blocks need not all be resident at once: the lowest block that is not done on any rank is
-// there on all, and finds its peers at work on the same tokens, in the same order. Calls that ranks
-// cut differently give the same results, but may need all blocks at once.
+// So blocks need not all be resident at once: the lowest block that some rank has not done is
+// resident on each such rank, and on the others has sent its sums; so it gets on, with its tokens
+// in the same order everywhere. And as every block has a token, no peer is done with a call, and
+// fails in a later one, before all blocks of the call have begun here. Calls that ranks cut
+// differently give the same results, but may need all blocks at once.
 //
 // A rank that has failed sends nothing more: a peer that is still in an earlier call could take it
 // for that call's.
@@ -736,7 +738,7 @@ __global__ void __launch_bounds__(max_threads_of(kWarps), min_blocks_of(kWarps))
   call.start(is_leader);
   bool is_lost = false;
   if (token < params.num_tokens) {
-    // For all turns of the team: the timeout is a call's.
+    // For all turns of the team: the timeout is a team's, not a wait's.
     stable_common::Patience<RmsNormParams> patience(params, call.number(), params.timeout_ns);
     call.confirm();
     for (uint32_t turn = 0;; ++turn) {

@@ -47,9 +47,11 @@ int choose_team(int64_t row_vectors, int num_ranks, int64_t tokens_per_multiproc
 int64_t choose_teams(int64_t row_vectors, int warps, int num_ranks, int64_t num_tokens,
                      int64_t most, bool shares_gpu) {
   constexpr int64_t kMaxTurns = 5;
+  constexpr int64_t kMaxWaves = 1000;  // else there are more blocks than a grid can have
   if (num_ranks == 1 || num_tokens <= 3 * most) return std::min(num_tokens, most);
   const bool is_full = row_vectors == int64_t{max_vectors_of(warps)} * warps * kWarpSize;
-  const int64_t waves = is_full && !shares_gpu ? divide_up(num_tokens, kMaxTurns * most) : 1;
+  const int64_t waves =
+      is_full && !shares_gpu ? std::min(divide_up(num_tokens, kMaxTurns * most), kMaxWaves) : 1;
   return divide_up(num_tokens, divide_up(num_tokens, waves * most));
 }
 

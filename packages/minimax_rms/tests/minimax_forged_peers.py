@@ -94,10 +94,13 @@ class ForgedPeers:
         peers: Sequence[int] | None = None,
     ) -> None:
         """Send what of ``sums``, [nranks, T, 2], is of these tokens and peers."""
-        slot = slot_of(self.ranks, self.rank, call)[: sums.shape[1]]
+        ranks = self.ranks
+        slot = slot_of(ranks, self.rank, call)
+        places = ranks.ops._places(ranks.nranks, ranks.comm_size, sums.shape[1])
+        where = torch.tensor(places, device=sums.device)[tokens]
         words = as_words(sums)
         for peer in self.peers if peers is None else peers:
-            slot[tokens, peer] = words[peer, tokens]
+            slot[where, peer] = words[peer, tokens]
 
     def inbox_is_empty(self) -> bool:
         """Whether the rank has emptied all that it was sent."""

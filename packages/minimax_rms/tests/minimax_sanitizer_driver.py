@@ -35,8 +35,8 @@ NRANKS = (1, 2, 3)
 # Tokens, and vectors of q and k.
 SHAPES = ((1, (1, 1)), (5, (77, 5)), (2, (450, 7)), (33, (5, 3)), (3, (64, 0)))
 WIDE = (2, (2600, 30))
-# Rows of q and k that fill the registers of a team, of so many for each of its warps.
-FULL = (7, (192, 32))
+# Tokens, and by warps of a team rows of q and k that fill its registers.
+FULL = (7, {1: (192, 32), 2: (384, 64), 4: (768, 128), 8: (768, 256)})
 MISSING_ELEMENTS = 16
 MISSING_BUFFER_BYTES = 512
 
@@ -140,8 +140,8 @@ class Driver:
                 for tuning in TUNINGS:
                     dtype = DTYPES[count % len(DTYPES)]
                     count += 1
-                    tokens, vectors = FULL[0], [tuning[0] * vectors for vectors in FULL[1]]
-                    yield self.run(ranks, problem_of(nranks, tokens, vectors, dtype), tuning)
+                    problem = problem_of(nranks, FULL[0], FULL[1][tuning[0]], dtype)
+                    yield self.run(ranks, problem, tuning)
                 for dtype in DTYPES:
                     for tokens, vectors in (*SHAPES, WIDE):
                         yield self.run(ranks, problem_of(nranks, tokens, vectors[:1], dtype))

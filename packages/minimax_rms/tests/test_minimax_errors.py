@@ -306,7 +306,11 @@ SETTING_UP: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "_choose_tuning tokens": (
         lambda: private._choose_tuning(4096, 2, 0, 132),
-        "num_tokens must be positive, got 0",
+        "num_tokens must be in [1, 2^36), got 0",
+    ),
+    "_choose_tuning too many tokens": (
+        lambda: private._choose_tuning(4096, 2, 2**36, 132),
+        f"num_tokens must be in [1, 2^36), got {2**36}",
     ),
     "_choose_tuning multiprocessors": (
         lambda: private._choose_tuning(4096, 2, 1, 0),

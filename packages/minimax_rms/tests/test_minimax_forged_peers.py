@@ -11,10 +11,13 @@ import torch
 from minimax_arithmetic import assert_rounded, assert_same_bits, scaled
 from minimax_cases import EPS, TUNINGS, Problem, make_problem, num_elements
 from minimax_forged_peers import (
+    BEGUN,
+    COMPLETED,
     ForgedPeers,
     as_words,
     descriptor,
     descriptor_index,
+    header_word,
     pretend_calls,
     slot_of,
     sums_of,
@@ -266,6 +269,36 @@ def test_peer_that_stops_in_the_middle(
             )
             assert re.search(rf"rank 0 gave up in call {call}, {cause}", failure), failure
             assert_nan([outputs])
+        assert ranks.guards_are_intact()
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("sent", [None, 100])
+def test_blocks_that_begin_late(generator: torch.Generator, sent: int | None, turns: int) -> None:
+    """More than find room at a time: the last begin when others are done, or when all is lost."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    blocks = 5 * multiprocessors  # of two teams; registers have room for four on each
+    num_tokens = turns * 2 * blocks
+    problem = make_problem(2, num_tokens, (3072, 512), torch.bfloat16, generator)
+    with LocalRanks(2, max_tokens=num_tokens, timeout=0.3) as ranks:
+        sums = sums_of(problem)
+        forged = ForgedPeers(ranks)
+        forged.announce(problem, FIRST)
+        forged.send(sums, FIRST, slice(0, sent))
+        torch.cuda.synchronize()
+        [outputs] = ranks.run(problem, (2, blocks, 128), ranks=[0])
+        torch.cuda.synchronize()
+        for part, exact_part in zip(outputs, problem.exact()[0], strict=True):
+            assert_rounded(part[:sent], exact_part[:sent], "what had come")
+            assert sent is None or part[sent:].isnan().all()
+        if sent is None:
+            assert ranks.failure(0) == ""
+        else:
+            assert f"rank 1 did not take part in call {FIRST} within" in ranks.failure(0)
+        assert forged.inbox_is_empty()
+        # Each block has been counted as begun, and as done.
+        for word in (BEGUN, COMPLETED):
+            assert words_of(ranks, 0)[word] == header_word(FIRST << 32)
         assert ranks.guards_are_intact()
 
 

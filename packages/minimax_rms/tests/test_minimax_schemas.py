@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
@@ -137,6 +136,10 @@ def test_sizes_need_no_device(nranks: int) -> None:
     assert max_tokens(nranks, 0) == 0
 
 
+def divide_up(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
 @pytest.mark.parametrize("shares_gpu", [False, True])
 @pytest.mark.parametrize("nranks", [1, 2, 4, 16])
 def test_tuning(nranks: int, shares_gpu: bool) -> None:
@@ -144,26 +147,28 @@ def test_tuning(nranks: int, shares_gpu: bool) -> None:
     multiprocessors = 132
     room = multiprocessors * (1024 if nranks == 1 else 512)  # threads, of 64 or 128 registers
     for row_bytes in (16, 1024, 3584, 7168, 14336, 1 << 20):
-        for num_tokens in (1, 17, 132, 300, 2048, 4096, 4500, 6500, 8192, 40_000, 1 << 20):
+        for num_tokens in (1, 17, 132, 300, 2048, 4096, 4500, 6500, 8192, 1 << 20, (1 << 36) - 1):
             warps, blocks, threads = overload("_choose_tuning")(
                 row_bytes, nranks, num_tokens, multiprocessors, shares_gpu
             )
             assert threads <= {1: 512, 2: 128, 4: 128, 8: 256}[warps]
             assert threads % (32 * warps) == 0
             teams_of_a_block = threads // (32 * warps)
+            assert 1 <= blocks < 1 << 31
             teams = blocks * teams_of_a_block
             # None without a token, but for those that share a block with others.
             assert teams < num_tokens + teams_of_a_block
             # Each multiprocessor has some of the work, or every third at the least.
             assert 3 * blocks >= min(num_tokens, multiprocessors)
             at_a_time = room // (32 * warps)
-            turns = math.ceil(num_tokens / teams)
+            turns = divide_up(num_tokens, teams)
             if num_tokens <= 3 * at_a_time or nranks == 1:
                 assert teams >= min(num_tokens, at_a_time)
             else:
+                assert turns <= divide_up(num_tokens, at_a_time)
                 # As many turns for all, but where teams that share a block were too many.
-                assert teams - teams_of_a_block < math.ceil(num_tokens / turns)
-            if shares_gpu or nranks == 1 or turns > 5:
+                assert teams - teams_of_a_block < divide_up(num_tokens, turns)
+            if shares_gpu or nranks == 1 or row_bytes not in (3584, 7168, 14336):
                 assert blocks * threads <= room
 
 
@@ -187,9 +192,12 @@ def test_tuning_of_many_tokens() -> None:
 
 @pytest.mark.parametrize("nranks", range(1, 17))
 def test_places_of_tokens(nranks: int) -> None:
-    """Each token has a place of its own within the capacity; in large calls also another line."""
+    """Each token has a place of its own within the capacity.
+
+    In large calls the next token's is also not of the same group, as many as fit a line.
+    """
     places_of = overload("_places")
-    line = max(128 // (8 * nranks), 1)  # tokens
+    group = max(128 // (8 * nranks), 1)
     for max_tokens in (1, 100, 2048, 2049, 3001, 8192, 20_000):
         comm_size = overload("_comm_size")(nranks, max_tokens)
         capacity = overload("_max_tokens")(nranks, comm_size)
@@ -203,10 +211,10 @@ def test_places_of_tokens(nranks: int) -> None:
             assert len(set(places)) == num_tokens
             assert min(places) >= 0
             assert max(places) < capacity
-            # The lines of a power of two of tokens in turn, at least half of what there are.
-            lines = 1 << (comm_size // 128).bit_length() - 1
-            for token in range(0, min(num_tokens, lines * line) - 1, 7):
-                assert places[token] // line != places[token + 1] // line
+            # A power of two of groups take tokens in turn, at least half of those that there are.
+            groups = 1 << (comm_size // 128).bit_length() - 1
+            for token in range(0, min(num_tokens, groups * group) - 1, 7):
+                assert places[token] // group != places[token + 1] // group
 
 
 def test_places_beyond_the_capacity() -> None:

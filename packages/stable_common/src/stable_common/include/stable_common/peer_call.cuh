@@ -261,7 +261,7 @@ struct Failures {
 // What a block knows of the call it is part of.
 struct PeerCall {
   uint32_t number;
-  // Before it began. After wait_for_previous_grid(), the first warp of a block is to adopt
+  // Before the block began. After wait_for_previous_grid(), the first warp of a block is to adopt
   // Failures: not sooner, since the call before may yet succeed.
   bool has_failed;
 };
