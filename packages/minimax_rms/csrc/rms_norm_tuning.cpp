@@ -1,5 +1,5 @@
-// Which tuning a call gets: from sweeps on two H100s and two H200s, over MiniMax-M2's rows on two
-// ranks and, as wide as those of four, again on two.
+// Which tuning a call gets: from sweeps on two H100s, over MiniMax-M2's rows on two ranks and, as
+// wide as those of four, again on two (benchmarks/tune.py, results/tuning*.json).
 //
 // Few tokens are a matter of latency: large teams, that have a row's sum soon. The more tokens, the
 // smaller the team: it spends less on each, and more rows fit the registers (16 warps with some 128
@@ -7,9 +7,10 @@
 // they wait for their peers.
 //
 // With many more, teams have as many turns as each other, rather than some one more. From six turns
-// on there are more blocks than find room at a time, for rows like MiniMax-M2's: those that begin
-// late even out what others lose by waiting for their peers. Blocks of other rows take longer to
-// begin, and ranks that share a GPU must find room there all at once.
+// on there are more blocks than find room at a time, for rows that fill a team's registers, as
+// MiniMax-M2's do: those that begin late even out what others lose by waiting for their peers. Rows
+// of other widths lost by it (those that fill teams of 4 and 8 warps were not tried), and ranks
+// that share a GPU must find room there all at once.
 //
 // Small teams share blocks, since each block takes a number when it begins and counts itself when
 // it ends, one by one; but so few that there is a block for every third multiprocessor.

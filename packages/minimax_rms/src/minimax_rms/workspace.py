@@ -524,10 +524,10 @@ def _ranks_on(facts: Sequence[_Facts]) -> collections.Counter[str]:
 
 
 def _num_multiprocessors(facts: Sequence[_Facts]) -> int:
-    """The multiprocessors to cut calls for, so that the blocks of all ranks find room at once.
+    """The multiprocessors to cut calls for, the same on all ranks.
 
-    The same on all ranks. Ranks that share a GPU may run on it at the same time, and of each the
-    next call's blocks wait there while this one's run.
+    Ranks that share a GPU may run on it at the same time, and of each the next call's blocks wait
+    there while this one's run: all must find room at once.
     """
     ranks_on = _ranks_on(facts)
 
