@@ -35,7 +35,8 @@ __device__ __forceinline__ bool peers_agree(const AllReduceParams& params, int w
                                             uint32_t call) {
   const int peer = threadIdx.x;
   if (peer >= world_size || peer == params.rank) return true;
-  const uint64_t* address = &params.buffers[params.rank]->descriptors[call % 2][peer];
+  const uint32_t slot = SharedHeader::descriptor_slot(call);
+  const uint64_t* address = &params.buffers[params.rank]->descriptors[slot][peer];
   const uint64_t expected = stable_common::descriptor_of(params, call);
   Patience patience(params, call, params.timeout_ns);
   for (;;) {
@@ -61,6 +62,9 @@ __device__ __forceinline__ bool control_call(const AllReduceParams& params, int 
   using Claim = stable_common::Claim<AllReduceParams>;
   SharedHeader* own = params.buffers[params.rank];
   const int peer = threadIdx.x;
+  // First of all: what is sent after the data waits for it in the link. So also by a rank whose call
+  // before has failed since this grid began. That does no harm: no peer completes this call, since
+  // this rank's data does not come, and see CallHeader.
   if (blockIdx.x == 0 && peer < world_size && peer != params.rank) {
     stable_common::announce_call(params, params.buffers[peer], call);
   }
@@ -88,6 +92,15 @@ __device__ __forceinline__ void end_call(const AllReduceParams& params) {
 
 __device__ __forceinline__ int64_t count_vectors(const AllReduceParams& params) {
   return (params.num_bytes + kVectorBytes - 1) / kVectorBytes;
+}
+
+// This rank's failure as the grids before this one left it, zero if there is none. After
+// wait_for_previous_grid(), by threads that are about to send: the call before may have failed since
+// this grid began, and a peer that is still in an earlier call would take what is sent now for that
+// call's. Asked for together with the input, so it costs no wait of its own; an ordinary load, which
+// L1 answers for most warps of a multiprocessor, since all ask for the same word.
+__device__ __forceinline__ uint64_t load_own_failure(const AllReduceParams& params) {
+  return SharedHeader::from_stored(params.buffers[params.rank]->failure);
 }
 
 // The number of this thread among those of the grid that move data.
@@ -132,8 +145,7 @@ class Exchange {
     const uint4 encoded = encode(v);
 #pragma unroll
     for (int step = 1; step < kWorldSize; ++step) {
-      int peer = params_.rank + step;
-      if (peer >= kWorldSize) peer -= kWorldSize;
+      const int peer = peer_after(step);
       store_shared_vector(
           address(peer, region_offset, region_vectors, source_index(params_.rank, peer), place),
           encoded);
@@ -182,25 +194,30 @@ class Exchange {
     return true;
   }
 
-  // Vector `index` of the sum of all ranks' inputs, given the peers' vectors.
+  // Vector `index` of the sum of all ranks' inputs, given the peers' vectors. This rank's is loaded
+  // again: kept over the wait for the peers it would cost registers, and so resident blocks.
   __device__ __forceinline__ uint4 sum(int64_t index, const PeerVectors& vectors) const {
     const uint4 own = decode(encode(load(index)));  // as the peers receive it
     return sum_ranks<Element, kWorldSize>(own, params_.rank, vectors);
   }
 
-  // Sends each peer its shard's vector `place` of this rank's input.
-  __device__ __forceinline__ void scatter(int64_t place) const {
+  // Loads vector `place` of each peer's shard of this rank's input, in the order in which scatter()
+  // sends them. The compiler moves no load across a store to a peer.
+  __device__ __forceinline__ void load_shards(int64_t place, PeerVectors& vectors) const {
 #pragma unroll
     for (int step = 1; step < kWorldSize; ++step) {
-      int peer = params_.rank + step;
-      if (peer >= kWorldSize) peer -= kWorldSize;
-      const int64_t index = peer * shard_vectors_ + place;
-      if (index < num_vectors_) {
-        store_shared_vector(
-            address(peer, 0, shard_vectors_, source_index(params_.rank, peer), place),
-            encode(load(index)));
-      }
+      const int64_t index = shard_index(step, place);
+      if (index < num_vectors_) vectors[step - 1] = load(index);
     }
+  }
+
+  // Sends each peer its shard's vector `place`: those that load_shards() loaded, or one after the
+  // other, which takes fewer registers.
+  __device__ __forceinline__ void scatter(int64_t place, const PeerVectors& vectors) const {
+    scatter_from(place, [&](int step, int64_t) { return vectors[step - 1]; });
+  }
+  __device__ __forceinline__ void scatter(int64_t place) const {
+    scatter_from(place, [&](int, int64_t index) { return load(index); });
   }
 
   // The second region of a slot under the two-shot algorithm.
@@ -209,6 +226,30 @@ class Exchange {
   }
 
  private:
+  __device__ __forceinline__ int peer_after(int step) const {
+    const int peer = params_.rank + step;
+    return peer >= kWorldSize ? peer - kWorldSize : peer;
+  }
+
+  // Which vector of the message is vector `place` of the shard of peer_after(step).
+  __device__ __forceinline__ int64_t shard_index(int step, int64_t place) const {
+    return peer_after(step) * shard_vectors_ + place;
+  }
+
+  template <typename Source>
+  __device__ __forceinline__ void scatter_from(int64_t place, const Source& source) const {
+#pragma unroll
+    for (int step = 1; step < kWorldSize; ++step) {
+      const int peer = peer_after(step);
+      const int64_t index = shard_index(step, place);
+      if (index < num_vectors_) {
+        store_shared_vector(
+            address(peer, 0, shard_vectors_, source_index(params_.rank, peer), place),
+            encode(source(step, index)));
+      }
+    }
+  }
+
   __device__ __forceinline__ char* address(int rank, int64_t region_offset, int64_t region_vectors,
                                            int source, int64_t place) const {
     return slot_of(params_, rank, call_) + region_offset +
@@ -250,11 +291,17 @@ __global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
 
   if (is_control) is_alive = control_call(params, kWorldSize, call);
   if (is_alive && index < num_vectors) {
-    for (int ahead = 0; ahead < params.depth; ++ahead) {
-      const int64_t next = index + ahead * stride;
-      if (next < num_vectors) exchange.send_to_all(0, num_vectors, next, exchange.load(next));
+    const uint64_t failure = load_own_failure(params);
+    const uint4 first = exchange.load(index);
+    is_alive = failure == 0;
+    if (is_alive) {
+      exchange.send_to_all(0, num_vectors, index, first);
+      for (int ahead = 1; ahead < params.depth; ++ahead) {
+        const int64_t next = index + ahead * stride;
+        if (next < num_vectors) exchange.send_to_all(0, num_vectors, next, exchange.load(next));
+      }
+      is_alive = exchange.receive(0, num_vectors, index, vectors, patience, All());
     }
-    is_alive = exchange.receive(0, num_vectors, index, vectors, patience, All());
   }
   // Nothing is written before the ranks are known to agree.
   is_alive = __syncthreads_and(is_alive);
@@ -317,11 +364,17 @@ __global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
            exchange.receive(0, shard_vectors, place, vectors, patience, All());
   };
   if (is_alive && first < shard_vectors) {
-    for (int ahead = 0; ahead < params.depth; ++ahead) {
-      const int64_t next = first + ahead * stride;
-      if (next < shard_vectors) exchange.scatter(next);
+    const uint64_t failure = load_own_failure(params);
+    exchange.load_shards(first, vectors);
+    is_alive = failure == 0;
+    if (is_alive) {
+      exchange.scatter(first, vectors);
+      for (int ahead = 1; ahead < params.depth; ++ahead) {
+        const int64_t next = first + ahead * stride;
+        if (next < shard_vectors) exchange.scatter(next);
+      }
+      is_alive = receive_shard(first);
     }
-    is_alive = receive_shard(first);
   }
   // Nothing is written before the ranks are known to agree.
   is_alive = __syncthreads_and(is_alive);

@@ -18,7 +18,7 @@ static_assert(kDescriptorAlgorithmShift + 2 == stable_common::kDescriptorCallShi
 
 // The start of a shared buffer, which is zeros when it is allocated, before any peer can know of
 // it.
-using SharedHeader = stable_common::CallHeader<kMaxWorldSize, 0>;
+using SharedHeader = stable_common::CallHeader<kMaxWorldSize, 0, 4>;
 
 // Two slots follow the header, for even and for odd calls.
 constexpr int64_t kHeaderBytes = 4096;

@@ -692,6 +692,7 @@ def test_disposed(generator: torch.Generator) -> None:
         "get_graph_buffer_ipc_meta": (),
         "register_graph_buffers": ([[], []], [[], []]),
         "_set_timeout": (1.0,),
+        "_set_max_blocks": (1,),
         "_check": (),
         "_missing_ranks": (),
         "_announce_close": (),
@@ -915,3 +916,64 @@ def test_opening_and_closing_leaks_nothing(generator: torch.Generator) -> None:
     assert free - free_after <= 4 << 20
     assert files_after == files
     assert mappings_after - mappings < 100
+
+
+# Of a shared buffer; csrc/shared_buffer.h and peer_call.h have it in full.
+HEADER_BYTES = 4096
+MAX_RANKS = 8  # descriptors of four calls in a row come first, a word for each rank
+CALL_SHIFT, ALGORITHM_SHIFT, TYPE_SHIFT = 40, 38, 36
+BFLOAT16 = 2
+
+
+def words_of(ranks: LocalRanks, rank: int, num_bytes: int) -> Tensor:
+    """The first bytes of a rank's shared buffer, as 64-bit words."""
+    memory = SimpleNamespace(
+        __cuda_array_interface__={
+            "shape": (num_bytes // 8,),
+            "typestr": "<i8",
+            "data": (ranks.buffers[rank], False),
+            "version": 3,
+        }
+    )
+    return torch.as_tensor(memory, device="cuda")
+
+
+@pytest.mark.parametrize("algorithm", [0, 1], ids=["one_shot", "two_shots"])
+def test_call_after_a_failed_one_sends_nothing(generator: torch.Generator, algorithm: int) -> None:
+    """It had begun before that one failed. A peer may still be in the call before both."""
+    length, tuning = 64, (algorithm, 1, 64, 1)
+    buffer_bytes = HEADER_BYTES + (1 << 16)
+    slot_bytes = (buffer_bytes - HEADER_BYTES) // 2
+    inputs = random_inputs(3, length, torch.bfloat16, generator)
+    outputs = [torch.zeros_like(inputs[0]) for _ in range(2)]
+    side = torch.cuda.Stream()
+    with LocalRanks(3, buffer_bytes=buffer_bytes, timeout=20.0) as ranks:
+        check(ranks, inputs, tuning)  # call 1
+        torch.cuda.synchronize()
+        words = [words_of(ranks, rank, buffer_bytes) for rank in range(3)]
+        other = 65 | BFLOAT16 << TYPE_SHIFT | algorithm << ALGORITHM_SHIFT | 2 << CALL_SHIFT
+        announced = torch.tensor([other], device="cuda")
+        of_rank_2 = words[0][2 * MAX_RANKS + 2 :][:1]  # its descriptor of call 2
+        of_rank_2.copy_(of_rank_2.clone())  # the copy kernel, loaded
+        before = [w.clone() for w in words]
+        torch.cuda.synchronize()
+
+        # Rank 0 alone: calls 2 and 3. Then rank 2 says that its call 2 is another.
+        for output in outputs:
+            with torch.cuda.stream(ranks.streams[0]):
+                ranks.call(0, inputs[0], output, tuning)
+        time.sleep(0.1)
+        with torch.cuda.stream(side):
+            of_rank_2.copy_(announced)
+        assert "ranks disagree in call 2" in ranks.failure(0)
+        for output in outputs:
+            assert output.isnan().all()
+        for peer in (1, 2):
+            odd_slot = slice((HEADER_BYTES + slot_bytes) // 8, None)
+            assert torch.equal(words[peer][odd_slot], before[peer][odd_slot]), "data of call 3"
+            # Which a peer that is still in call 1 has yet to read.
+            of_call_1 = slice(MAX_RANKS, 2 * MAX_RANKS)
+            assert torch.equal(words[peer][of_call_1], before[peer][of_call_1])
+            # What call 2 sent shows that this looks at the right places.
+            even_slot = slice(HEADER_BYTES // 8, (HEADER_BYTES + slot_bytes) // 8)
+            assert not torch.equal(words[peer][even_slot], before[peer][even_slot])

@@ -35,7 +35,7 @@ namespace minimax_rms {
 namespace device {
 
 constexpr int kWarpSize = 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
+using stable_common::kAllLanes;
 
 // A row's sum has one order whatever the team, so that a token's result does not depend on the
 // batch that it is in: chunk i of 32 vectors is added to column i % kColumns, in the order of i.

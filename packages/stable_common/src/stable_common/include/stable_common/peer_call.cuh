@@ -169,7 +169,8 @@ __device__ __noinline__ uint64_t check_wait(const Params& params, uint32_t call,
       fail(params, FailureKind::kPeerGaveUp, 1u << r, call, failure);
       return kStop;
     }
-    const uint64_t announced = load_header_word<Params>(&own->descriptors[call % 2][r]);
+    const uint64_t announced =
+        load_header_word<Params>(&own->descriptors[Header::descriptor_slot(call)][r]);
     if (((announced ^ descriptor_of(params, call)) & kDescriptorCallMask) != 0) missing |= 1u << r;
     if (load_header_word<Params>(&own->closed[r]) != 0) closed |= 1u << r;
   }
@@ -188,6 +189,7 @@ __device__ __noinline__ uint64_t check_wait(const Params& params, uint32_t call,
   return kStop;
 }
 
+constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kLooksPerCheck = 64;  // some 30 us
 
 // Bounds a wait. A thread that finds nothing to have arrived asks keep_waiting() before it looks
@@ -208,7 +210,6 @@ class Patience {
   // The same for a warp that waits as one: all of its lanes call this, and get one answer.
   __device__ __forceinline__ bool warp_keeps_waiting(uint32_t absent) {
     if (++looks_ % kLooksPerCheck != 0) return true;
-    constexpr uint32_t kAllLanes = 0xffffffffu;
     if (threadIdx.x % 32 == 0) {
       deadline_ = check_wait(params_, call_, absent, timeout_, deadline_);
     }
@@ -279,8 +280,8 @@ __device__ __forceinline__ PeerCall begin_call(const Params& params) {
       const uint64_t begun = fetch_add(&own->begun, block_part());
       number = static_cast<uint32_t>(Params::Header::from_stored(begun) >> 32) + 1;
     }
-    number = __shfl_sync(0xffffffffu, number, 0);
-    const bool has_failed = __any_sync(0xffffffffu, failures.own != 0 || failures.peer != 0);
+    number = __shfl_sync(kAllLanes, number, 0);
+    const bool has_failed = __any_sync(kAllLanes, failures.own != 0 || failures.peer != 0);
     if (threadIdx.x == 0) call = {number, has_failed};
   }
   __syncthreads();
@@ -291,7 +292,8 @@ __device__ __forceinline__ PeerCall begin_call(const Params& params) {
 template <typename Params>
 __device__ __forceinline__ void announce_call(const Params& params,
                                               typename Params::Header* peer_header, uint32_t call) {
-  store_header_word<Params>(&peer_header->descriptors[call % 2][params.rank],
+  const uint32_t slot = Params::Header::descriptor_slot(call);
+  store_header_word<Params>(&peer_header->descriptors[slot][params.rank],
                             descriptor_of(params, call));
 }
 

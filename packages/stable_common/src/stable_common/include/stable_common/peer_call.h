@@ -54,16 +54,24 @@ struct FailureRecord {
 // What a rank lends to its peers beside the room for data. `kEmpty` is what fresh memory is full
 // of; each word is stored as its value plus that, so that fresh memory reads as zeros and nothing
 // needs to be initialised that a peer may already have written.
-template <int kRanks, uint64_t kEmpty>
+//
+// Descriptors of kSlots calls in a row have places of their own, a power of two. A call is announced
+// while peers may still be in the call before, so two are enough for ranks that look whether the call
+// before has failed, and then announce. One that has failed in call n may have begun call n + 1, and
+// a peer may still be in call n - 1: to announce without a look takes four.
+template <int kRanks, uint64_t kEmpty, int kSlots = 2>
 struct CallHeader {
   static constexpr int kMaxRanks = kRanks;
   static_assert(kMaxRanks <= kFailureRanksBits);
+
+  static_assert((kSlots & (kSlots - 1)) == 0);
+  static constexpr uint32_t descriptor_slot(uint32_t call) { return call % kSlots; }
 
   static constexpr uint64_t to_stored(uint64_t value) { return value + kEmpty; }
   static constexpr uint64_t from_stored(uint64_t word) { return word - kEmpty; }
 
   // Written by peers, each at its own rank's index.
-  uint64_t descriptors[2][kRanks];  // by parity of the call
+  uint64_t descriptors[kSlots][kRanks];
   uint64_t failures[kRanks];
   uint64_t closed[kRanks];  // the peer no longer writes here
 
