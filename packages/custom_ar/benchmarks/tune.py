@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,22 @@ class Tuning:
         )
 
 
-def tunings(num_bytes: int, world_size: int) -> list[Tuning]:
+@dataclass(frozen=True)
+class Space:
+    """What is tried at each size."""
+
+    algorithms: Sequence[int]
+    blocks: Sequence[int]
+    threads: Sequence[int]
+
+
+def tunings(num_bytes: int, world_size: int, space: Space) -> list[Tuning]:
     """Return what to try: grids that take 1/32 to twice of what a rank sums at a time."""
     tried = []
-    for algorithm in range(len(ALGORITHMS)):
+    for algorithm in space.algorithms:
         summed = num_bytes if algorithm == 0 else math.ceil(num_bytes / world_size)
-        for threads in THREADS:
-            for blocks in BLOCKS:
+        for threads in space.threads:
+            for blocks in space.blocks:
                 at_once = blocks * threads * VECTOR_BYTES
                 if not summed / 32 <= at_once <= 2 * summed:
                     continue
@@ -145,10 +155,10 @@ class Tuner:
         self.communicator.close()
         self.communicator = make_communicator(self.world)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Time all tunings, then the best of them and the present one; return JSON, best first."""
+    def run(self, space: Space) -> list[dict[str, Any]]:
+        """Time all tunings of a space, then the best of them and the present one; return JSON, best first."""
         present = Tuning(*torch.ops.custom_ar._choose_tuning(self.world.size, self.case.bytes))
-        tried = sorted({*tunings(self.case.bytes, self.world.size), present})
+        tried = sorted({*tunings(self.case.bytes, self.world.size, space), present})
         results = {tuning: self.time(tuning, FIRST_REPETITIONS) for tuning in tried}
 
         def us(tuning: Tuning) -> float:
@@ -186,7 +196,9 @@ def show(records: list[dict[str, Any]]) -> None:
             print(f"  {figure}  {tuning}{note}", flush=True)
 
 
-def run_rank(rank: int, world_size: int, port: int, output: Path, sizes: list[int]) -> None:
+def run_rank(
+    rank: int, world_size: int, port: int, output: Path, sizes: list[int], space: Space
+) -> None:
     """Tune as one of the ranks; the first prints, and writes the JSON."""
     begin = time.monotonic()
     world = World(rank, world_size, port)
@@ -195,7 +207,7 @@ def run_rank(rank: int, world_size: int, port: int, output: Path, sizes: list[in
     records = []
     for size in sizes:
         tuner = Tuner(world, size, communicator)
-        found = tuner.run()
+        found = tuner.run(space)
         communicator = tuner.communicator
         records += found
         if rank == 0:
@@ -222,8 +234,13 @@ def main() -> int:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=list(SIZES), metavar="BYTES", help="of the message"
     )
+    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, metavar="N")
+    parser.add_argument("--threads", type=int, nargs="+", default=THREADS, metavar="N")
     arguments = parser.parse_args()
-    return start_ranks(run_rank, arguments.world_size, arguments.output, arguments.sizes)
+    algorithms = [ALGORITHMS.index(name) for name in arguments.algorithms]
+    space = Space(algorithms, arguments.blocks, arguments.threads)
+    return start_ranks(run_rank, arguments.world_size, arguments.output, arguments.sizes, space)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// Which tuning a call gets. Two ranks: from the figures in benchmarks/results/tuning_*.json. More
-// ranks: from the same figures by what a rank sends, since more GPUs were not there to measure on.
+// Which tuning a call gets. For two ranks and for four: from the figures of two and of four H200s in
+// benchmarks/results/tuning_*.json. For other world sizes: by a model that both fit.
 //
 // All of it pushes. A kernel loads from a peer more slowly than it stores to it (`ceilings.kernels`
 // in benchmarks/results/*.json), a pull has to wait for word that the data is there, and kernels
@@ -31,18 +31,31 @@ constexpr TuningEntry kOneShot[] = {
     {512 * kKiB, 264, 128, 1}, {kMiB, 528, 128, 1},
 };
 
-// By the size of a rank's shard.
-constexpr TuningEntry kTwoShot[] = {
-    {128 * kKiB, 128, 64, 1}, {512 * kKiB, 132, 128, 2}, {kMiB, 264, 256, 1},
-    {2 * kMiB, 264, 512, 1},  {4 * kMiB, 256, 512, 2},   {8 * kMiB, 528, 512, 2},
+// By the size of a rank's shard: of two ranks, and of more, where a thread sends a vector of the
+// input to each peer and the sum to all of them, so that fewer threads fill the link.
+constexpr TuningEntry kTwoShotOfTwo[] = {
+    {kMiB, 264, 256, 1},
+    {2 * kMiB, 264, 512, 1},
+    {4 * kMiB, 256, 512, 2},
+    {8 * kMiB, 528, 512, 2},
+};
+constexpr TuningEntry kTwoShotOfMore[] = {
+    {128 * kKiB, 64, 64, 2}, {256 * kKiB, 64, 128, 2}, {512 * kKiB, 528, 64, 1},
+    {kMiB, 132, 512, 1},     {2 * kMiB, 528, 256, 1},  {4 * kMiB, 256, 512, 2},
+    {8 * kMiB, 528, 512, 2},
 };
 
-// The largest message that goes in one shot. Two ranks send as much either way, and the crossing
-// that one shot spares counts for less the longer a message takes. More ranks send world_size / 2
-// times as much in one shot.
-constexpr int64_t one_shot_limit(int world_size) {
-  return world_size == 2 ? kMiB : 512 * kKiB / (world_size - 1);
-}
+// The largest message that goes in one shot, by world size from two on. Of n MiB and W ranks, one
+// shot takes longer than two by
+//   n (W - 1) (1 - 2 / W) 2.9 us, what it sends more, at the link's 360 GB/s,
+//   + n (1 - 1 / W) 1.3 us, the sums of other ranks' shards,
+//   - (1.15 + 0.375 (W - 2)) us, the second crossing,
+// which is within 0.1 us of what was measured on two ranks from 256 KiB to 2 MiB, and on four from
+// 128 to 512 KiB. Both are even at 1.76 MiB, 560 KiB, 366 KiB, 292 KiB, 253 KiB, 230 KiB and 213 KiB
+// for two to eight ranks. Two ranks keep to 1 MiB, since no size between that and 2 MiB was measured.
+constexpr int64_t kOneShotLimitKiB[] = {1024, 560, 364, 292, 252, 230, 212};
+
+constexpr int64_t one_shot_limit(int world_size) { return kOneShotLimitKiB[world_size - 2] * kKiB; }
 
 template <size_t kEntries>
 AllReduceTuning look_up(Algorithm algorithm, const TuningEntry (&table)[kEntries], int64_t bytes) {
