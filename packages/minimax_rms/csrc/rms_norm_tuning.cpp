@@ -1,5 +1,5 @@
-// Which tuning a call gets: from sweeps on two H100s, over MiniMax-M2's rows on two ranks and, as
-// wide as those of four, again on two (benchmarks/tune.py, results/tuning*.json).
+// Which tuning a call gets: from sweeps over MiniMax-M2's rows, on two H100s those of two ranks and
+// those of four, and on four H200s (benchmarks/tune.py, results/tuning*.json).
 //
 // Few tokens are a matter of latency: large teams, that have a row's sum soon. The more tokens, the
 // smaller the team: it spends less on each, and more rows fit the registers (16 warps with some 128
@@ -57,8 +57,10 @@ int64_t choose_teams(int64_t row_vectors, int warps, int num_ranks, int64_t num_
 }
 
 int choose_teams_per_block(int warps, int64_t teams, int num_multiprocessors) {
+  const int64_t per_multiprocessor = divide_up(teams, num_multiprocessors);
   int most = max_threads_of(warps) / (warps * kWarpSize);
-  if (warps == 1) most = teams <= 4 * int64_t{num_multiprocessors} ? 4 : 8;
+  if (warps == 1) most = per_multiprocessor <= 4 ? 2 : per_multiprocessor <= 8 ? 4 : 8;
+  if (warps == 2 && per_multiprocessor <= 2) most = 1;
   while (most > 1 && 3 * divide_up(teams, most) < num_multiprocessors) most /= 2;
   return most;
 }
