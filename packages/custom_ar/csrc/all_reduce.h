@@ -69,4 +69,8 @@ cudaError_t launch_all_reduce(const AllReduceParams& params, ElementType type, i
                               const AllReduceTuning& tuning,
                               const stable_common::DeviceProperties& device, cudaStream_t stream);
 
+// Loads every kernel that launch_all_reduce() can launch for `world_size` ranks onto the current
+// device, so that no launch has to.
+cudaError_t load_all_reduce_kernels(int world_size);
+
 }  // namespace custom_ar

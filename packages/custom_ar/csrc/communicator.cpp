@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "stable_common/capture.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/peer_memory.h"
 #include "stable_common/tensor_check.h"
@@ -43,6 +44,10 @@ Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank,
   check(device_.compute_capability >= 80, op,
         "needs a device of compute capability 8.0 or later, got ", device_.compute_capability / 10,
         ".", device_.compute_capability % 10);
+  {
+    const stable_common::RelaxedCapture relaxed;
+    STABLE_CUDA_CHECK(load_all_reduce_kernels(world_size()));
+  }
   const int64_t own_bytes = stable_common::shared_bytes(op, buffers_[rank]);
   slot_bytes_ = (own_bytes - kHeaderBytes) / kNumSlots / kVectorBytes * kVectorBytes;
   // A piece must hold a vector of each rank's.

@@ -16,6 +16,24 @@ cudaError_t launch_for_team(const RmsNormParams& params, const RmsNormTuning& tu
 
 }  // namespace launcher
 
+namespace {
+
+cudaError_t launch_for_type(const RmsNormParams& params, ElementType type,
+                            const RmsNormTuning& tuning,
+                            const stable_common::LaunchConfig& config) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return launcher::launch_for_team<float>(params, tuning, config);
+    case ElementType::kFloat16:
+      return launcher::launch_for_team<__half>(params, tuning, config);
+    case ElementType::kBFloat16:
+      return launcher::launch_for_team<__nv_bfloat16>(params, tuning, config);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
 uint64_t make_descriptor(int64_t num_tokens, bool has_k) {
   return static_cast<uint64_t>(num_tokens) | (has_k ? kDescriptorHasK : 0);
 }
@@ -40,15 +58,40 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,
   stable_common::LaunchConfig config;
   config.stream = stream;
   config.programmatic_dependent_launch = device.has_programmatic_dependent_launch();
-  switch (type) {
-    case ElementType::kFloat32:
-      return launcher::launch_for_team<float>(params, tuning, config);
-    case ElementType::kFloat16:
-      return launcher::launch_for_team<__half>(params, tuning, config);
-    case ElementType::kBFloat16:
-      return launcher::launch_for_team<__nv_bfloat16>(params, tuning, config);
+  return launch_for_type(params, type, tuning, config);
+}
+
+cudaError_t load_rms_norm_kernels() {
+  constexpr int kWarpSize = 32;
+  stable_common::LaunchConfig config;
+  config.only_load = true;
+  RmsNormParams params;
+  params.num_ranks = 2;
+  // One token for a team, and two.
+  RmsNormTuning tuning;
+  for (const int warps : {1, 2, 4, 8}) {
+    tuning.warps_per_token = warps;
+    tuning.threads_per_block = warps * kWarpSize;
+    // Rows of each number of vectors a thread, of q alone and as MiniMax-M2's are divided, and one
+    // that no team holds.
+    const int most = max_vectors_of(warps) + (warps == 8 ? 1 : 0);
+    for (int vectors = 1; vectors <= most; ++vectors) {
+      for (const bool is_even : {false, true}) {
+        if (is_even && vectors % 7 != 0) continue;
+        const int row = vectors * warps * kWarpSize;
+        params.k_vectors = is_even ? row / 7 : 0;
+        params.q_vectors = row - params.k_vectors;
+        for (params.num_tokens = 1; params.num_tokens <= 2; ++params.num_tokens) {
+          for (const ElementType type :
+               {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16}) {
+            const cudaError_t error = launch_for_type(params, type, tuning, config);
+            if (error != cudaSuccess) return error;
+          }
+        }
+      }
+    }
   }
-  return cudaErrorInvalidValue;
+  return cudaSuccess;
 }
 
 }  // namespace minimax_rms

@@ -46,6 +46,10 @@ Workspace::Workspace(const char* op, const int64_t* address, int rank, int num_r
         "needs a device of compute capability 8.0 or later, got ", device_.compute_capability / 10,
         ".", device_.compute_capability % 10);
   num_multiprocessors_ = device_.num_multiprocessors;
+  if (num_ranks > 1) {
+    const stable_common::RelaxedCapture relaxed;
+    STABLE_CUDA_CHECK(load_rms_norm_kernels());
+  }
 }
 
 Workspace::~Workspace() {
