@@ -34,6 +34,9 @@ struct AllReduceTuning {
 // same.
 AllReduceTuning choose_tuning(int world_size, int64_t num_bytes);
 
+// The same on at most `max_blocks` blocks, with more threads in each where that makes up for it.
+AllReduceTuning limit_blocks(const AllReduceTuning& tuning, int max_blocks);
+
 // The slot that lets every message of up to `max_bytes` pass in one piece, as choose_tuning() cuts
 // it.
 int64_t slot_bytes_for(int world_size, int64_t max_bytes);

@@ -81,9 +81,24 @@ constexpr int64_t slot_bytes_of(Algorithm algorithm, int world_size, int64_t num
 }  // namespace
 
 AllReduceTuning choose_tuning(int world_size, int64_t num_bytes) {
-  return num_bytes <= one_shot_limit(world_size)
-             ? look_up(Algorithm::kOneShot, kOneShot, num_bytes)
-             : look_up(Algorithm::kTwoShot, kTwoShot, divide_up(num_bytes, world_size));
+  if (num_bytes <= one_shot_limit(world_size)) {
+    return look_up(Algorithm::kOneShot, kOneShot, num_bytes);
+  }
+  const int64_t shard_bytes = divide_up(num_bytes, world_size);
+  return world_size == 2 ? look_up(Algorithm::kTwoShot, kTwoShotOfTwo, shard_bytes)
+                         : look_up(Algorithm::kTwoShot, kTwoShotOfMore, shard_bytes);
+}
+
+AllReduceTuning limit_blocks(const AllReduceTuning& tuning, int max_blocks) {
+  constexpr int kWarpSize = 32;
+  if (tuning.num_blocks <= max_blocks) return tuning;
+  const int64_t threads = int64_t{tuning.num_blocks} * tuning.threads_per_block;
+  const int64_t warps = divide_up(threads, int64_t{max_blocks} * kWarpSize);
+  AllReduceTuning limited = tuning;
+  limited.num_blocks = max_blocks;
+  limited.threads_per_block =
+      static_cast<int>(std::min<int64_t>(warps * kWarpSize, kMaxDataThreads));
+  return limited;
 }
 
 int64_t slot_bytes_for(int world_size, int64_t max_bytes) {

@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ar, m) {
   m.def("_try_all_reduce_new(int fa, Tensor inp, int max_size) -> Tensor?");
   m.def("_buffer_size(int world_size, int max_size) -> int");
   m.def("_set_timeout(int fa, float seconds) -> ()");
+  m.def("_set_max_blocks(int fa, int max_blocks) -> ()");
   m.def("_check(int fa) -> ()");
   m.def("_missing_ranks(int fa) -> int[]");
   m.def("_announce_close(int fa) -> ()");
@@ -56,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(custom_ar, CompositeExplicitAutograd, m) {
   m.impl("_try_all_reduce_new", TORCH_BOX(&custom_ar::try_all_reduce_new));
   m.impl("_buffer_size", TORCH_BOX(&custom_ar::buffer_size));
   m.impl("_set_timeout", TORCH_BOX(&custom_ar::set_timeout));
+  m.impl("_set_max_blocks", TORCH_BOX(&custom_ar::set_max_blocks));
   m.impl("_check", TORCH_BOX(&custom_ar::check_calls));
   m.impl("_missing_ranks", TORCH_BOX(&custom_ar::missing_ranks));
   m.impl("_announce_close", TORCH_BOX(&custom_ar::announce_close));

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -35,6 +36,12 @@ class Communicator {
     timeout_ns_ = std::max(static_cast<uint64_t>(seconds * 1e9), uint64_t{1});
   }
 
+  // How many blocks a call may have, the same on all ranks.
+  void set_max_blocks(int max_blocks) { max_blocks_ = max_blocks; }
+  AllReduceTuning choose_tuning(int64_t num_bytes) const {
+    return limit_blocks(custom_ar::choose_tuning(world_size(), num_bytes), max_blocks_);
+  }
+
   // Throws if a call has failed.
   void check_failure(const char* op) const { failure_.check_calls(op, timeout_ns_); }
 
@@ -58,6 +65,7 @@ class Communicator {
   int rank_;
   int device_index_;
   int64_t slot_bytes_ = 0;
+  int max_blocks_ = std::numeric_limits<int>::max();
   uint64_t timeout_ns_ = 0;  // 0: to be read from the environment
   std::vector<void*> buffers_;
   std::vector<void*> mappings_;

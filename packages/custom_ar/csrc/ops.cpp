@@ -178,10 +178,6 @@ void run(const char* op, Communicator& fa, const Message& message, void* output,
                 stable_common::current_stream(fa.device_index()));
 }
 
-AllReduceTuning tuning_of(const Communicator& fa, const Message& message) {
-  return choose_tuning(fa.world_size(), message.num_bytes());
-}
-
 }  // namespace
 
 int64_t init_custom_ar(std::vector<int64_t> ipc_tensors, const Tensor& rank_data, int64_t rank,
@@ -206,7 +202,7 @@ void all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t reg_buffer,
   check(reg_buffer == 0 || reg_buffer_sz_bytes >= message.num_bytes(), kAllReduce,
         "reg_buffer_sz_bytes must be at least the size of inp, ", message.num_bytes(),
         " bytes, got ", reg_buffer_sz_bytes);
-  run(kAllReduce, *communicator, message, out.data_ptr(), tuning_of(*communicator, message));
+  run(kAllReduce, *communicator, message, out.data_ptr(), communicator->choose_tuning(message.num_bytes()));
 }
 
 bool try_all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t max_size) {
@@ -215,7 +211,7 @@ bool try_all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t max_size)
   if (!is_supported(*communicator, input, max_size)) return false;
   const Message message = make_message(input);
   check_output(Argument(kAllReduce, "out", out), input, message);
-  run(kAllReduce, *communicator, message, out.data_ptr(), tuning_of(*communicator, message));
+  run(kAllReduce, *communicator, message, out.data_ptr(), communicator->choose_tuning(message.num_bytes()));
   return true;
 }
 
@@ -225,7 +221,7 @@ std::optional<Tensor> try_all_reduce_new(int64_t fa, const Tensor& inp, int64_t 
   if (!is_supported(*communicator, input, max_size)) return std::nullopt;
   const Message message = make_message(input);
   Tensor out = allocate_like(kAllReduce, input, message);
-  run(kAllReduce, *communicator, message, out.data_ptr(), tuning_of(*communicator, message));
+  run(kAllReduce, *communicator, message, out.data_ptr(), communicator->choose_tuning(message.num_bytes()));
   return out;
 }
 
@@ -288,6 +284,13 @@ void set_timeout(int64_t fa, double seconds) {
   constexpr char kOp[] = "custom_ar::_set_timeout";
   stable_common::check_timeout(kOp, seconds);
   find_communicator(kOp, fa)->set_timeout(seconds);
+}
+
+void set_max_blocks(int64_t fa, int64_t max_blocks) {
+  constexpr char kOp[] = "custom_ar::_set_max_blocks";
+  check(max_blocks >= 1 && max_blocks <= 65535, kOp, "max_blocks must be in [1, 65535], got ",
+        max_blocks);
+  find_communicator(kOp, fa)->set_max_blocks(static_cast<int>(max_blocks));
 }
 
 // Named as the op whose calls it checks.

@@ -226,6 +226,10 @@ class StandIn(peer_group_workers.StandIn):
         assert fa in self.live
         self.timeouts.append(seconds)
 
+    def _set_max_blocks(self, fa: int, max_blocks: int) -> None:
+        assert fa in self.live
+        assert max_blocks >= 1
+
     def _all_reduce_as(self, fa: int, inp: Tensor, out: Tensor, algorithm: int, *_: int) -> None:
         assert fa in self.live
         self.calls.append(f"algorithm {algorithm}")

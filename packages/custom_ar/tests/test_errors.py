@@ -38,6 +38,11 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         UNKNOWN_FA,
     ),
     "_set_timeout": (lambda: private._set_timeout(UNKNOWN, 1.0), UNKNOWN_FA),
+    "_set_max_blocks": (lambda: private._set_max_blocks(UNKNOWN, 1), UNKNOWN_FA),
+    "_set_max_blocks zero": (
+        lambda: private._set_max_blocks(UNKNOWN, 0),
+        "max_blocks must be in [1, 65535], got 0",
+    ),
     "_missing_ranks": (lambda: private._missing_ranks(UNKNOWN), UNKNOWN_FA),
     "_announce_close": (lambda: private._announce_close(UNKNOWN), UNKNOWN_FA),
     "_open_peers": (lambda: private._open_peers(UNKNOWN), UNKNOWN_FA),

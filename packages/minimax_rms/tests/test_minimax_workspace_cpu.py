@@ -302,7 +302,7 @@ def test_obstacles(count: int, changes: dict[str, Any], reason: str) -> None:
 )
 def test_multiprocessors(count: int, changes: dict[str, Any], num_multiprocessors: int) -> None:
     """What calls are cut for, the same on all ranks: of all that share a GPU, blocks find room."""
-    assert module._num_multiprocessors(shared.facts(count, **changes)) == num_multiprocessors
+    assert module.multiprocessors_per_call(shared.facts(count, **changes)) == num_multiprocessors
 
 
 def test_example(tmp_path: Path) -> None:

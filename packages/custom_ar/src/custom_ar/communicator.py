@@ -26,6 +26,8 @@ from ._peer_group import (
     checked_timeout,
     find_obstacle,
     first_line,
+    multiprocessors_per_call,
+    ranks_per_gpu,
 )
 from ._peer_group import Facts as _Facts
 from ._peer_group import check_peer_access as _check_peer_access
@@ -339,7 +341,11 @@ class Communicator:
 
     def _set_up(self, facts: Sequence[_Facts]) -> str | None:
         """Share memory with the peers and try it; return what failed, on whichever rank."""
-        memory = _SharedMemory(self.device, self.rank)
+        # A block takes no more than a multiprocessor. Alone on its GPU, a rank may have any number:
+        # blocks start in the order of their indices, so not all need to be resident.
+        is_shared = max(ranks_per_gpu(facts).values()) > 1
+        max_blocks = multiprocessors_per_call(facts) if is_shared else None
+        memory = _SharedMemory(self.device, self.rank, max_blocks)
         failure: str | None = self._peers.set_up(
             memory,
             _ops._buffer_size(self.world_size, self.max_size),
@@ -374,9 +380,10 @@ class Communicator:
 class _SharedMemory:
     """What a communicator holds on the device: its own buffer, the peers' mapped, and ``fa``."""
 
-    def __init__(self, device: torch.device, rank: int) -> None:
+    def __init__(self, device: torch.device, rank: int, max_blocks: int | None) -> None:
         self._device = device
         self._rank = rank
+        self._max_blocks = max_blocks
         self._buffers = PeerBuffers(
             device,
             rank,
@@ -397,6 +404,8 @@ class _SharedMemory:
         with torch.cuda.device(self._device):
             rank_data = torch.empty(1, dtype=torch.uint8, device=self._device)
             self.fa = _ops.init_custom_ar(addresses, rank_data, self._rank, True)
+            if self._max_blocks is not None:
+                _ops._set_max_blocks(self.fa, self._max_blocks)
         # `fa` unmaps them from now on.
         self._buffers.hand_over_mappings()
 

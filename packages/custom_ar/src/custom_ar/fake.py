@@ -42,6 +42,7 @@ for _name in (
     "_try_all_reduce",
     "_try_all_reduce_new",
     "_set_timeout",
+    "_set_max_blocks",
     "_check",
     "_missing_ranks",
     "_announce_close",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import warnings
 import weakref
@@ -25,6 +24,8 @@ from ._peer_group import (
     checked_timeout,
     find_obstacle,
     first_line,
+    multiprocessors_per_call,
+    ranks_per_gpu,
 )
 from ._peer_group import Facts as _Facts
 from ._peer_group import check_peer_access as _check_peer_access
@@ -359,8 +360,8 @@ class Workspace:
             self.rank,
             self.nranks,
             self.max_tokens,
-            _num_multiprocessors(facts),
-            shares_gpu=max(_ranks_on(facts).values()) > 1,
+            multiprocessors_per_call(facts),
+            shares_gpu=max(ranks_per_gpu(facts).values()) > 1,
         )
         failure: str | None = self._peers.set_up(
             memory,
@@ -516,27 +517,6 @@ def _obstacle(facts: Sequence[_Facts]) -> str | None:
         min_capability=MIN_CAPABILITY,
     )
     return obstacle
-
-
-def _ranks_on(facts: Sequence[_Facts]) -> collections.Counter[str]:
-    """How many ranks each GPU has."""
-    return collections.Counter(fact.device_uuid for fact in facts)
-
-
-def _num_multiprocessors(facts: Sequence[_Facts]) -> int:
-    """The multiprocessors to cut calls for, the same on all ranks.
-
-    Ranks that share a GPU may run on it at the same time, and of each the next call's blocks wait
-    there while this one's run: all must find room at once.
-    """
-    ranks_on = _ranks_on(facts)
-
-    def share(fact: _Facts) -> int:
-        total: int = fact.num_multiprocessors
-        ranks = ranks_on[fact.device_uuid]
-        return total if ranks == 1 else max(1, total // (2 * ranks))
-
-    return min(map(share, facts))
 
 
 def _checked_max_tokens(max_tokens: int) -> int:

@@ -8,6 +8,7 @@ need not be installed. Throughout, ``owner`` is the class that the ranks make on
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -387,6 +388,27 @@ def find_obstacle(
                 f"of rank {rank} has {actual}"
             )
     return None
+
+
+def ranks_per_gpu(facts: Sequence[Facts]) -> collections.Counter[str]:
+    """How many ranks each GPU has, by its UUID."""
+    return collections.Counter(fact.device_uuid for fact in facts)
+
+
+def multiprocessors_per_call(facts: Sequence[Facts]) -> int:
+    """The multiprocessors that a rank's call may occupy, the same on all ranks.
+
+    Ranks that share a GPU may run on it at the same time, under MPS, and of each the next call's
+    blocks wait there while this one's run: all must be resident at once.
+    """
+    ranks_on = ranks_per_gpu(facts)
+
+    def share(fact: Facts) -> int:
+        total = fact.num_multiprocessors
+        ranks = ranks_on[fact.device_uuid]
+        return total if ranks == 1 else max(1, total // (2 * ranks))
+
+    return min(map(share, facts))
 
 
 def check_peer_access(facts: Sequence[Facts], rank: int) -> None:
