@@ -61,6 +61,22 @@ def test_all_import_together(wheel_paths: list[Path]):
         assert {str(Path(file).parents[1]) for file in files} <= site_packages
 
 
+# Prints where each package keeps the order of its large calls.
+LARGE_CALLS = """
+import importlib, sys, torch
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for name in sys.argv[1:]:
+    print(getattr(torch.ops, name)._large_calls())
+"""
+
+
+def test_large_calls_of_all_packages_have_one_order() -> None:
+    for order in (["custom_ar", "minimax_rms"], ["minimax_rms", "custom_ar"]):
+        first, second = run_python(LARGE_CALLS, *order)
+        assert first == second != "0"
+
+
 def test_each_imports_alone(wheel_path: Path, wheel_paths: list[Path], tmp_path: Path):
     with zipfile.ZipFile(wheel_path) as archive:
         archive.extractall(tmp_path)

@@ -8,6 +8,7 @@
 
 #include "stable_common/capture.h"
 #include "stable_common/cuda_check.h"
+#include "stable_common/large_calls.h"
 #include "stable_common/peer_memory.h"
 #include "stable_common/tensor_check.h"
 
@@ -58,6 +59,10 @@ Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank,
     check(bytes >= kHeaderBytes + kNumSlots * slot_bytes_, op, "ipc_tensors[", r,
           "] must be a buffer as large as this rank's, ", own_bytes, " bytes, got ", bytes);
   }
+  // Ranks of one process are for the caller to order: they wait for each other.
+  has_other_processes_ = std::any_of(buffers_.begin(), buffers_.end(), [](void* buffer) {
+    return !stable_common::is_allocated_here(buffer);
+  });
   add_mappings(buffers_);
 }
 
@@ -104,11 +109,20 @@ void Communicator::all_reduce(const char* op, const void* input, void* output, i
 
   const int64_t num_bytes = num_elements * stable_common::element_bytes(type);
   const int64_t piece_bytes = bytes_per_piece(tuning.algorithm, world_size(), slot_bytes_);
-  for (int64_t offset = 0; offset < num_bytes; offset += piece_bytes) {
-    params.input = static_cast<const char*>(input) + offset;
-    params.output = static_cast<char*>(output) + offset;
-    params.num_bytes = std::min(piece_bytes, num_bytes - offset);
-    STABLE_CUDA_CHECK(launch_all_reduce(params, type, world_size(), tuning, device_, stream));
+  const auto launch = [&] {
+    for (int64_t offset = 0; offset < num_bytes; offset += piece_bytes) {
+      params.input = static_cast<const char*>(input) + offset;
+      params.output = static_cast<char*>(output) + offset;
+      params.num_bytes = std::min(piece_bytes, num_bytes - offset);
+      STABLE_CUDA_CHECK(launch_all_reduce(params, type, world_size(), tuning, device_, stream));
+    }
+  };
+  using stable_common::LargeCalls;
+  if (has_other_processes_ &&
+      LargeCalls::is_large(tuning.num_blocks, tuning.threads_per_block, device_)) {
+    LargeCalls::instance().run(device_index_, stream, launch);
+  } else {
+    launch();
   }
 
   if (!is_capturing) streams_.end_call(stream);

@@ -65,6 +65,7 @@ class Communicator {
   int rank_;
   int device_index_;
   int64_t slot_bytes_ = 0;
+  bool has_other_processes_ = false;
   int max_blocks_ = std::numeric_limits<int>::max();
   uint64_t timeout_ns_ = 0;  // 0: to be read from the environment
   std::vector<void*> buffers_;

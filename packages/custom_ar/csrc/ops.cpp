@@ -9,6 +9,7 @@
 #include "communicator.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/dtype.h"
+#include "stable_common/large_calls.h"
 #include "stable_common/peer_memory.h"
 #include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
@@ -291,6 +292,15 @@ void set_max_blocks(int64_t fa, int64_t max_blocks) {
   check(max_blocks >= 1 && max_blocks <= 65535, kOp, "max_blocks must be in [1, 65535], got ",
         max_blocks);
   find_communicator(kOp, fa)->set_max_blocks(static_cast<int>(max_blocks));
+}
+
+int64_t large_calls() {
+  return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance());
+}
+
+void use_large_calls(int64_t address) {
+  check(address != 0, "custom_ar::_use_large_calls", "address must be what _large_calls returned, got 0");
+  stable_common::LargeCalls::use(reinterpret_cast<stable_common::LargeCalls*>(address));
 }
 
 // Named as the op whose calls it checks.

@@ -421,3 +421,57 @@ def backend_fallback(rank: Rank) -> None:
         assert not communicator.supports(gaps)
         assert (communicator.all_reduce(gaps) == total).all()
         communicator.check()
+
+
+def large_calls_on_two_streams(rank: Rank, seed: int) -> None:
+    """Of two communicators, whose kernels each fill the GPU."""
+    generator = generator_of(rank, seed)
+    length = (32 << 20) // torch.bfloat16.itemsize
+    options = {"max_size": 32 << 20, "timeout": 10.0}
+    with (
+        open_communicator(rank, **options) as first,
+        open_communicator(rank, **options) as second,
+    ):
+        communicators = (first, second)
+        inputs = [random_inputs(rank.world_size, length, torch.bfloat16, generator) for _ in "ab"]
+        expected = [reference.all_reduce(values) for values in inputs]
+        outputs = [[torch.full_like(e, torch.nan) for e in expected] for _ in range(4)]
+        streams = [torch.cuda.Stream() for _ in communicators]
+        torch.cuda.synchronize()
+        dist.barrier(rank.group)
+        for outs in outputs:
+            for communicator, stream, values, out in zip(
+                communicators, streams, inputs, outs, strict=True
+            ):
+                with torch.cuda.stream(stream):
+                    communicator.all_reduce(values[rank.rank], out=out)
+        torch.cuda.synchronize()
+        for communicator in communicators:
+            communicator.check()
+        for outs in outputs:
+            assert_same_bits(outs, expected)
+
+
+def first_calls_in_opposite_orders(rank: Rank, seed: int) -> None:
+    """Of two communicators on two streams, small, in each dtype: no kernel is loaded in a call."""
+    generator = generator_of(rank, seed)
+    options = {"timeout": 10.0}
+    with (
+        open_communicator(rank, **options) as first,
+        open_communicator(rank, **options) as second,
+    ):
+        order = [0, 1] if rank.rank % 2 == 0 else [1, 0]
+        streams = [torch.cuda.Stream() for _ in order]
+        for dtype in DTYPES:
+            inputs = random_inputs(rank.world_size, 1000, dtype, generator)
+            expected = reference.all_reduce(inputs)
+            outputs = [torch.full_like(expected, torch.nan) for _ in order]
+            torch.cuda.synchronize()
+            dist.barrier(rank.group)
+            for index in order:
+                with torch.cuda.stream(streams[index]):
+                    (first, second)[index].all_reduce(inputs[rank.rank], out=outputs[index])
+            torch.cuda.synchronize()
+            first.check()
+            second.check()
+            assert_same_bits(outputs, [expected] * 2)

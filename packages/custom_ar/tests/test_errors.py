@@ -43,6 +43,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: private._set_max_blocks(UNKNOWN, 0),
         "max_blocks must be in [1, 65535], got 0",
     ),
+    "_use_large_calls null": (
+        lambda: private._use_large_calls(0),
+        "address must be what _large_calls returned, got 0",
+    ),
     "_missing_ranks": (lambda: private._missing_ranks(UNKNOWN), UNKNOWN_FA),
     "_announce_close": (lambda: private._announce_close(UNKNOWN), UNKNOWN_FA),
     "_open_peers": (lambda: private._open_peers(UNKNOWN), UNKNOWN_FA),

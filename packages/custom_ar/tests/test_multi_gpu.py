@@ -12,7 +12,7 @@ import custom_ar
 import pytest
 import torch
 from gpu_machine import environment_with
-from rank_processes import RankProcesses, cuda_devices
+from rank_processes import RankProcesses, cuda_devices, spawn_ranks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 MAX_WORLD_SIZE = 8
@@ -49,6 +49,15 @@ def test_alternating_devices(processes: RankProcesses, seed: int) -> None:
 
 def test_graphs(processes: RankProcesses, seed: int) -> None:
     run_all(processes, workers.graphs, seed, 4)
+
+
+def test_large_calls_on_two_streams(processes: RankProcesses, seed: int) -> None:
+    run_all(processes, workers.large_calls_on_two_streams, seed)
+
+
+def test_first_calls_in_opposite_orders(seed: int) -> None:
+    """In new processes, that have loaded no kernel yet."""
+    spawn_ranks(2, workers.first_calls_in_opposite_orders, seed, devices=cuda_devices())
 
 
 def test_above_max_size(processes: RankProcesses) -> None:

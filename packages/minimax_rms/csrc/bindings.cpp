@@ -35,6 +35,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
       "_register(Tensor workspace, int rank, int nranks, int max_tokens, int "
       "num_multiprocessors, float timeout, bool shares_gpu=False) -> ()");
   m.def("_set_timeout(Tensor workspace, float seconds) -> ()");
+  m.def("_large_calls() -> int");
+  m.def("_use_large_calls(int address) -> ()");
   m.def("_check(Tensor workspace) -> ()");
   m.def("_missing_ranks(Tensor workspace) -> int[]");
   m.def("_forget(Tensor workspace) -> ()");
@@ -61,6 +63,8 @@ STABLE_TORCH_LIBRARY_IMPL(minimax_rms, CompositeExplicitAutograd, m) {
   m.impl("_free", TORCH_BOX(&minimax_rms::free));
   m.impl("_register", TORCH_BOX(&minimax_rms::register_workspace));
   m.impl("_set_timeout", TORCH_BOX(&minimax_rms::set_timeout));
+  m.impl("_large_calls", TORCH_BOX(&minimax_rms::large_calls));
+  m.impl("_use_large_calls", TORCH_BOX(&minimax_rms::use_large_calls));
   m.impl("_check", TORCH_BOX(&minimax_rms::check_calls));
   m.impl("_missing_ranks", TORCH_BOX(&minimax_rms::missing_ranks));
   m.impl("_forget", TORCH_BOX(&minimax_rms::forget));

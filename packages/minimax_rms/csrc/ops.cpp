@@ -8,6 +8,7 @@
 #include "rms_norm.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/dtype.h"
+#include "stable_common/large_calls.h"
 #include "stable_common/peer_memory.h"
 #include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
@@ -368,6 +369,15 @@ void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, i
                                            static_cast<int>(nranks), argument.device().index);
   added->set_limits(max_tokens, static_cast<int>(num_multiprocessors), shares_gpu);
   added->set_timeout(timeout);
+}
+
+int64_t large_calls() {
+  return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance());
+}
+
+void use_large_calls(int64_t address) {
+  check(address != 0, "minimax_rms::_use_large_calls", "address must be what _large_calls returned, got 0");
+  stable_common::LargeCalls::use(reinterpret_cast<stable_common::LargeCalls*>(address));
 }
 
 void set_timeout(const Tensor& workspace, double seconds) {

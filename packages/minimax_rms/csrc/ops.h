@@ -46,6 +46,8 @@ void free(int64_t address);
 void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, int64_t max_tokens,
                         int64_t num_multiprocessors, double timeout, bool shares_gpu);
 void set_timeout(const Tensor& workspace, double seconds);
+int64_t large_calls();
+void use_large_calls(int64_t address);
 void check_calls(const Tensor& workspace);
 std::vector<int64_t> missing_ranks(const Tensor& workspace);
 void forget(const Tensor& workspace);

@@ -6,6 +6,7 @@
 
 #include "stable_common/capture.h"
 #include "stable_common/cuda_check.h"
+#include "stable_common/large_calls.h"
 #include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
 
@@ -96,7 +97,17 @@ void Workspace::launch(const char* op, RmsNormParams params, ElementType type,
   params.timeout_ns = timeout_ns_;
   params.rank = rank_;
   params.num_ranks = num_ranks_;
-  STABLE_CUDA_CHECK(launch_rms_norm(params, type, tuning, device_, stream));
+  const auto launch = [&] {
+    STABLE_CUDA_CHECK(launch_rms_norm(params, type, tuning, device_, stream));
+  };
+  using stable_common::LargeCalls;
+  // Ranks of a workspace that is not registered may be of one process, and wait for each other.
+  if (is_registered() &&
+      LargeCalls::is_large(tuning.num_blocks, tuning.threads_per_block, device_)) {
+    LargeCalls::instance().run(device_index_, stream, launch);
+  } else {
+    launch();
+  }
   if (!is_capturing) streams_.end_call(stream);
 }
 

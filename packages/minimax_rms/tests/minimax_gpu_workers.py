@@ -469,3 +469,27 @@ def two_workspaces(rank: Rank, seed: int) -> None:
                 assert_same_bits(part, expected_part)
         first.check()
         second.check()
+
+
+def calls_on_two_streams(
+    rank: Rank, seed: int, num_tokens: int, *, opposite: bool, rounds: int
+) -> None:
+    """Of two workspaces, on every other rank in the opposite order if asked for."""
+    generator = generator_of(rank, seed)
+    options = {"max_tokens": num_tokens, "timeout": 10.0}
+    with open_workspace(rank, **options) as first, open_workspace(rank, **options) as second:
+        order = [1, 0] if opposite and rank.rank % 2 == 1 else [0, 1]
+        streams = [torch.cuda.Stream() for _ in order]
+        for problem in problems_of(rank, generator, [num_tokens]):
+            torch.cuda.synchronize()
+            dist.barrier(rank.group)
+            outputs = []
+            for _ in range(rounds):
+                for index in order:
+                    with torch.cuda.stream(streams[index]):
+                        outputs.append(call((first, second)[index], problem))
+            torch.cuda.synchronize()
+            first.check()
+            second.check()
+            for output in outputs:
+                assert_right(output, problem, rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import minimax_rms
 import pytest
 import torch
 from gpu_machine import environment_with
-from rank_processes import RankProcesses, cuda_devices
+from rank_processes import RankProcesses, cuda_devices, spawn_ranks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 MAX_WORLD_SIZE = 16
@@ -55,6 +56,18 @@ def test_graphs(processes: RankProcesses, seed: int) -> None:
 
 def test_two_workspaces(processes: RankProcesses, seed: int) -> None:
     run_all(processes, workers.two_workspaces, seed)
+
+
+def test_large_calls_on_two_streams(processes: RankProcesses, seed: int) -> None:
+    """Of two workspaces, whose kernels each fill the GPU."""
+    calls = functools.partial(workers.calls_on_two_streams, opposite=False, rounds=4)
+    run_all(processes, calls, seed, 16384)
+
+
+def test_first_calls_in_opposite_orders(seed: int) -> None:
+    """Small, of two workspaces, in new processes that have loaded no kernel yet."""
+    calls = functools.partial(workers.calls_on_two_streams, opposite=True, rounds=1)
+    spawn_ranks(2, calls, seed, 20, devices=cuda_devices())
 
 
 def test_same_as_fallback(processes: RankProcesses, seed: int) -> None:

@@ -28,6 +28,7 @@ from ._peer_group import (
     first_line,
     multiprocessors_per_call,
     ranks_per_gpu,
+    share_large_calls,
 )
 from ._peer_group import Facts as _Facts
 from ._peer_group import check_peer_access as _check_peer_access
@@ -50,6 +51,8 @@ _logger = logging.getLogger("custom_ar")
 _ops = torch.ops.custom_ar
 _try_all_reduce = _ops._try_all_reduce.default
 _try_all_reduce_new = _ops._try_all_reduce_new.default
+
+share_large_calls(_ops)
 
 # By the id that functional_all_reduce names them by, which is the same on all ranks of a program
 # that makes its communicators in the same order, and never reused.

@@ -43,6 +43,8 @@ for _name in (
     "_try_all_reduce_new",
     "_set_timeout",
     "_set_max_blocks",
+    "_large_calls",
+    "_use_large_calls",
     "_check",
     "_missing_ranks",
     "_announce_close",

@@ -67,6 +67,8 @@ for _name in (
     "_free",
     "_register",
     "_set_timeout",
+    "_large_calls",
+    "_use_large_calls",
     "_check",
     "_missing_ranks",
     "_forget",

@@ -26,6 +26,7 @@ from ._peer_group import (
     first_line,
     multiprocessors_per_call,
     ranks_per_gpu,
+    share_large_calls,
 )
 from ._peer_group import Facts as _Facts
 from ._peer_group import check_peer_access as _check_peer_access
@@ -46,6 +47,8 @@ _VERSION = version("minimax-rms")
 _ops = torch.ops.minimax_rms
 _rms = _ops.minimax_allreduce_rms.default
 _rms_qk = _ops.minimax_allreduce_rms_qk.default
+
+share_large_calls(_ops)
 
 # By the id that the functional operators name them by, which is the same on all ranks of a program
 # that makes its workspaces in the same order, and never reused.

@@ -15,10 +15,12 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -388,6 +390,15 @@ def find_obstacle(
                 f"of rank {rank} has {actual}"
             )
     return None
+
+
+def share_large_calls(ops: Any) -> None:
+    """Let the large calls of all packages in this process be ordered by one object.
+
+    Which is that of the package that comes first. ``ops`` are a package's operators.
+    """
+    shared = sys.modules.setdefault("_stable_kernels", ModuleType("_stable_kernels"))
+    ops._use_large_calls(shared.__dict__.setdefault("large_calls", ops._large_calls()))
 
 
 def ranks_per_gpu(facts: Sequence[Facts]) -> collections.Counter[str]:

@@ -100,6 +100,14 @@ inline void free_shared(const char* op, const char* name, const char* expected, 
   }
 }
 
+// Whether allocate_shared() of this process returned `address`.
+inline bool is_allocated_here(void* address) {
+  PeerMemoryRegistry& registry = PeerMemoryRegistry::instance();
+  const std::lock_guard lock(registry.mutex);
+  const auto found = registry.entries.find(address);
+  return found != registry.entries.end() && found->second.num_owned_bytes != 0;
+}
+
 // The bytes of what allocate_shared() returned; of anything else, those from `address` to the end
 // of its allocation.
 inline int64_t shared_bytes(const char* op, void* address) {
