@@ -33,6 +33,31 @@ sys.path.insert(0, target)
 print(importlib.import_module(alone).__file__)
 """
 
+# Imports argv[2] from a package in argv[1], three times, each time all its modules. No metadata is
+# found.
+IMPORT_VENDORED = """
+import importlib, importlib.metadata, sys
+
+target, package = sys.argv[1:]
+find = importlib.metadata.distribution
+
+
+def distribution(name):
+    if name.replace("-", "_") == package:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+
+
+importlib.metadata.distribution = distribution
+sys.path.insert(0, target)
+for _ in range(3):
+    module = importlib.import_module(f"outer.vendored.{package}")
+    names = [name for name in sys.modules if name.startswith(module.__name__)]
+    print(module.__file__, module.__version__, len(names))
+    for name in names:
+        del sys.modules[name]
+"""
+
 
 def run_python(code: str, *arguments: str | Path) -> list[str]:
     """Run code in a fresh interpreter and return the lines it printed."""
@@ -84,3 +109,20 @@ def test_each_imports_alone(wheel_path: Path, wheel_paths: list[Path], tmp_path:
     others = [package_of(path) for path in wheel_paths if path != wheel_path]
     [file] = run_python(IMPORT_ALONE, tmp_path, alone, *others)
     assert Path(file).parents[1] == tmp_path
+
+
+def test_each_imports_vendored_and_again(wheel_path: Path, tmp_path: Path):
+    """As part of another package, without metadata; what it registered with torch is no hindrance.
+
+    Modules that were removed from sys.modules are made anew.
+    """
+    vendored = tmp_path / "outer" / "vendored"
+    with zipfile.ZipFile(wheel_path) as archive:
+        members = [name for name in archive.namelist() if ".dist-info/" not in name]
+        archive.extractall(vendored, members)
+    first, *others = run_python(IMPORT_VENDORED, tmp_path, package_of(wheel_path))
+    file, version, num_modules = first.split()
+    assert Path(file).parents[1] == vendored
+    assert version == wheel_path.name.split("-")[1]
+    assert int(num_modules) > 0
+    assert others == [first] * 2

@@ -9,7 +9,6 @@ import math
 import warnings
 import weakref
 from collections.abc import Sequence
-from importlib.metadata import version
 from types import TracebackType
 
 import torch
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _library  # noqa: F401  defines the operators
+from . import __version__ as _VERSION
+from ._library import registrations
 from ._peer_group import (
     PROBE_SECONDS,
     PeerBuffers,
@@ -46,7 +46,6 @@ _PROBE_ELEMENTS = 20_011
 _MAX_MAX_SIZE = 1 << 40
 
 _NAME = "custom_ar.Communicator"
-_VERSION = version("custom-ar")
 _logger = logging.getLogger("custom_ar")
 _ops = torch.ops.custom_ar
 _try_all_reduce = _ops._try_all_reduce.default
@@ -485,6 +484,12 @@ def _functional_all_reduce(input: Tensor, communicator: int) -> Tensor:
 torch.library.define(
     "custom_ar::functional_all_reduce",
     "(Tensor input, int communicator) -> Tensor",
+    lib=registrations,
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.impl("custom_ar::functional_all_reduce", ("cpu", "cuda"), _functional_all_reduce)
+torch.library.impl(
+    "custom_ar::functional_all_reduce",
+    ("cpu", "cuda"),
+    _functional_all_reduce,
+    lib=registrations,
+)

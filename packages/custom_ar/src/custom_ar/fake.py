@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ._library import registrations
+
 
 def _functional_all_reduce(input: Tensor, communicator: int) -> Tensor:
     return torch.empty_like(input)
@@ -24,12 +26,14 @@ def _refuse(name: str) -> None:
     def fake(*args: Any) -> NoReturn:
         raise RuntimeError(f"custom_ar::{name}: cannot be traced; call it outside of torch.compile")
 
-    torch.library.register_fake(f"custom_ar::{name}", fake)
+    torch.library.register_fake(f"custom_ar::{name}", fake, lib=registrations)
 
 
-torch.library.register_fake("custom_ar::functional_all_reduce", _functional_all_reduce)
+torch.library.register_fake(
+    "custom_ar::functional_all_reduce", _functional_all_reduce, lib=registrations
+)
 for _name in ("all_reduce", "_all_reduce_as"):
-    torch.library.register_fake(f"custom_ar::{_name}", _write_arguments)
+    torch.library.register_fake(f"custom_ar::{_name}", _write_arguments, lib=registrations)
 for _name in (
     "init_custom_ar",
     "dispose",

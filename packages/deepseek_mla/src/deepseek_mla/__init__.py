@@ -4,9 +4,9 @@ Importing the package loads its operator library and registers the operators as
 ``torch.ops.deepseek_mla.*`` with CUDA kernels, CPU kernels and fake implementations.
 """
 
-from importlib.metadata import version
+__version__ = "0.1.0"
 
-from . import _library, cpu, fake, reference  # noqa: F401
+from . import cpu, fake, reference  # noqa: F401
 from .ops import (
     fused_deepseek_v4_kv_norm_rope_quant_insert,
     fused_deepseek_v4_kv_rope_insert,
@@ -15,8 +15,6 @@ from .ops import (
     fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert,
 )
 from .reference import dequantize_cache
-
-__version__ = version("deepseek-mla")
 
 __all__ = [
     "__version__",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._library import registrations
 
 
 def _register(name: str, overload: str = "") -> None:
@@ -33,7 +34,8 @@ def _register(name: str, overload: str = "") -> None:
         implementation(*bound.args, **outputs)
         return result
 
-    torch.library.impl(f"deepseek_mla::{name}" + (overload and f".{overload}"), "cpu", kernel)
+    qualified_name = f"deepseek_mla::{name}" + (overload and f".{overload}")
+    torch.library.impl(qualified_name, "cpu", kernel, lib=registrations)
 
 
 _register("fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert")

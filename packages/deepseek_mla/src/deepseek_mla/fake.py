@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import registrations
 from .reference import HEAD_DIM
 
 
@@ -31,7 +32,9 @@ def _write_arguments(*args: Any, **kwargs: Any) -> None:
 
 
 torch.library.register_fake(
-    "deepseek_mla::fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert", _quant_insert
+    "deepseek_mla::fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert",
+    _quant_insert,
+    lib=registrations,
 )
 for _name in (
     "fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert.out",
@@ -40,4 +43,4 @@ for _name in (
     "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_bf16_insert",
     "fused_deepseek_v4_qnorm_rope_kv_rope_full_cache_fp8_insert",
 ):
-    torch.library.register_fake(f"deepseek_mla::{_name}", _write_arguments)
+    torch.library.register_fake(f"deepseek_mla::{_name}", _write_arguments, lib=registrations)

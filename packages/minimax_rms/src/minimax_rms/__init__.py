@@ -5,11 +5,9 @@ Importing the package loads its operator library and registers the operators as
 operators under it for those that have a workspace of their own.
 """
 
-from importlib.metadata import version
+__version__ = "0.1.0"
 
-from . import _library, autograd, cpu, fake, ops, reference, workspace  # noqa: F401
+from . import autograd, cpu, fake, ops, reference, workspace  # noqa: F401
 from .workspace import Workspace
-
-__version__ = version("minimax-rms")
 
 __all__ = ["Workspace", "__version__"]

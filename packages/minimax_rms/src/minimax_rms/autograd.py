@@ -8,11 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import workspace  # noqa: F401  defines the functional operators
-
-# Ends with the process.
-_registrations = torch.library.Library(  # type: ignore[no-untyped-call]
-    "minimax_rms", "IMPL"
-)
+from ._library import registrations
 
 for _name in (
     "minimax_allreduce_rms",
@@ -21,6 +17,4 @@ for _name in (
     "functional_allreduce_rms",
     "functional_allreduce_rms_qk",
 ):
-    _registrations.impl(  # type: ignore[no-untyped-call]
-        _name, torch.library.fallthrough_kernel, "Autograd"
-    )
+    registrations.impl(_name, torch.library.fallthrough_kernel, "Autograd")

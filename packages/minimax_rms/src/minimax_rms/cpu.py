@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._library import registrations
 
 _check_rms = torch.ops.minimax_rms._check_minimax_allreduce_rms.default
 _check_rms_qk = torch.ops.minimax_rms._check_minimax_allreduce_rms_qk.default
@@ -47,5 +48,5 @@ def _rms_qk(
     return reference.minimax_allreduce_rms_qk([qkv], [norm_weight_q], [norm_weight_k], eps)[0]
 
 
-torch.library.impl("minimax_rms::minimax_allreduce_rms", "cpu", _rms)
-torch.library.impl("minimax_rms::minimax_allreduce_rms_qk", "cpu", _rms_qk)
+torch.library.impl("minimax_rms::minimax_allreduce_rms", "cpu", _rms, lib=registrations)
+torch.library.impl("minimax_rms::minimax_allreduce_rms_qk", "cpu", _rms_qk, lib=registrations)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ._library import registrations
 from .workspace import Workspace  # noqa: F401  its module defines the functional operators
 
 
@@ -51,16 +52,18 @@ def _refuse(name: str) -> None:
             f"minimax_rms::{name}: cannot be traced; call it outside of torch.compile"
         )
 
-    torch.library.register_fake(f"minimax_rms::{name}", fake)
+    torch.library.register_fake(f"minimax_rms::{name}", fake, lib=registrations)
 
 
-torch.library.register_fake("minimax_rms::minimax_allreduce_rms", _rms)
-torch.library.register_fake("minimax_rms::functional_allreduce_rms", _rms)
+torch.library.register_fake("minimax_rms::minimax_allreduce_rms", _rms, lib=registrations)
+torch.library.register_fake("minimax_rms::functional_allreduce_rms", _rms, lib=registrations)
 for _name in ("minimax_allreduce_rms_qk", "_minimax_allreduce_rms_qk_as"):
-    torch.library.register_fake(f"minimax_rms::{_name}", _rms_qk)
-torch.library.register_fake("minimax_rms::functional_allreduce_rms_qk", _functional_rms_qk)
+    torch.library.register_fake(f"minimax_rms::{_name}", _rms_qk, lib=registrations)
+torch.library.register_fake(
+    "minimax_rms::functional_allreduce_rms_qk", _functional_rms_qk, lib=registrations
+)
 for _name in ("_check_minimax_allreduce_rms", "_check_minimax_allreduce_rms_qk"):
-    torch.library.register_fake(f"minimax_rms::{_name}", _check_arguments)
+    torch.library.register_fake(f"minimax_rms::{_name}", _check_arguments, lib=registrations)
 for _name in (
     "_allocate",
     "_open",

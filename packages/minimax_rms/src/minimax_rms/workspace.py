@@ -6,7 +6,6 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
-from importlib.metadata import version
 from types import TracebackType
 
 import torch
@@ -14,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _library, reference  # noqa: F401  the library defines the operators
+from . import __version__ as _VERSION
+from . import reference
+from ._library import registrations
 from ._peer_group import (
     PROBE_SECONDS,
     PeerBuffers,
@@ -43,7 +44,6 @@ _PROBE_TOKENS = 1009
 _PROBE_VALUES = 61
 
 _NAME = "minimax_rms.Workspace"
-_VERSION = version("minimax-rms")
 _ops = torch.ops.minimax_rms
 _rms = _ops.minimax_allreduce_rms.default
 _rms_qk = _ops.minimax_allreduce_rms_qk.default
@@ -562,5 +562,7 @@ for _name, _schema, _function in (
         _functional_rms_qk,
     ),
 ):
-    torch.library.define(f"minimax_rms::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"minimax_rms::{_name}", ("cpu", "cuda"), _function)
+    torch.library.define(
+        f"minimax_rms::{_name}", _schema, lib=registrations, tags=torch.Tag.pt2_compliant_tag
+    )
+    torch.library.impl(f"minimax_rms::{_name}", ("cpu", "cuda"), _function, lib=registrations)

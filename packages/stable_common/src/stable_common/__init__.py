@@ -4,12 +4,11 @@ The package is needed at build time only. CMake projects built by scikit-build-c
 ``find_package(stable_common CONFIG REQUIRED)``; anything else can ask for the two directories here.
 """
 
-from importlib.metadata import version
 from pathlib import Path
 
 __all__ = ["__version__", "get_cmake_dir", "get_include"]
 
-__version__ = version("stable-common")
+__version__ = "0.1.0"
 
 _ROOT = Path(__file__).resolve().parent
 
