@@ -150,6 +150,17 @@ def without_cpu_backend(rank: Rank, kind: type[Kind]) -> tuple[str, str]:
     return error_of(kind.owner, group, **{**kind.arguments, "device": "cpu"})
 
 
+def unknown_group(rank: Rank, kind: type[Kind], how: str) -> tuple[str, str]:
+    """The error of a group that is not one of torch.distributed's."""
+    if how == "destroyed":
+        group = dist.new_group(backend="gloo")
+        dist.destroy_process_group(group)
+    else:
+        store = dist.HashStore()
+        group = dist.ProcessGroup(store, 0, 1)
+    return error_of(kind.owner, group, **{**kind.arguments, "device": "cpu"})
+
+
 def bad_argument(
     rank: Rank,
     kind: type[Kind],

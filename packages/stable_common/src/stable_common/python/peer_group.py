@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import math
 import os
+import pickle
 import socket
 import sys
 import time
@@ -68,8 +69,8 @@ class PeerGroup:
         """Take the group, or the default one for None.
 
         Raises:
-            ValueError: there is no such group, this process is not in it, or objects cannot be
-                exchanged over it.
+            ValueError: there is no such group, this process is not in it, or CPU tensors cannot
+                be exchanged over it.
         """
         self.group = checked_group(owner, group)
         self.rank = dist.get_rank(self.group)
@@ -84,9 +85,7 @@ class PeerGroup:
         Raises:
             ValueError: on every rank, if an argument is bad on any.
         """
-        gathered: list[Any] = [(facts, argument_error)] * self.size
-        if self.size > 1:
-            dist.all_gather_object(gathered, (facts, argument_error), group=self.group)
+        gathered = self._gather((facts, argument_error))
         if argument_error is not None:
             raise ValueError(f"{self._owner}: {argument_error}")
         for rank, (_, error) in enumerate(gathered):
@@ -102,12 +101,32 @@ class PeerGroup:
             value = function()
         except Exception as exception:
             error = first_line(exception)
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, (value, error), group=self.group)
+        gathered = self._gather((value, error))
         for rank, (_, text) in enumerate(gathered):
             if text is not None:
                 raise StepFailed(f"rank {rank} could not {what}: {text}")
         return [value for value, _ in gathered]
+
+    def _gather(self, value: object) -> list[Any]:
+        """Exchange plain Python data: what each rank gave.
+
+        all_gather_object would need NumPy, and takes tensors of the default device.
+        """
+        if self.size == 1:
+            return [value]
+        data = pickle.dumps(value)
+        lengths = self._gather_tensor([len(data)], torch.int64)
+        padded = data.ljust(max(length.tolist()[0] for length in lengths), b"\0")
+        gathered = self._gather_tensor(list(padded), torch.uint8)
+        # What follows the end of a pickle is not read.
+        return [pickle.loads(bytes(data.tolist())) for data in gathered]
+
+    def _gather_tensor(self, values: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        # On the CPU, for which the group has a backend, whichever others it has.
+        own = torch.tensor(values, dtype=dtype, device="cpu")
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own, group=self.group)
+        return gathered
 
     def set_up(
         self,
@@ -253,7 +272,7 @@ class PeerBuffers:
                 if rank == self._rank:
                     addresses.append(self._own)
                     continue
-                address = self._open(torch.tensor(handle, dtype=torch.uint8))
+                address = self._open(torch.tensor(handle, dtype=torch.uint8, device="cpu"))
                 self._opened.append(address)
                 addresses.append(address)
         return addresses
@@ -446,7 +465,7 @@ def backend_devices(group: dist.ProcessGroup) -> set[str]:
 
 
 def checked_group(owner: str, group: object) -> dist.ProcessGroup:
-    """The group, or the default one; ValueError unless objects can be exchanged over it."""
+    """The group, or the default one; ValueError unless CPU tensors can be exchanged over it."""
     if group is None:
         if not dist.is_initialized():
             raise ValueError(
@@ -459,7 +478,14 @@ def checked_group(owner: str, group: object) -> dist.ProcessGroup:
         group = "one that this process is not in"
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"{owner}: group must be a process group, got {group}")
-    if "cpu" not in backend_devices(group):
+    try:
+        devices = backend_devices(group)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner}: group must be a process group, got one that torch.distributed does not know: it "
+            "was destroyed, or made by other means than torch.distributed.new_group"
+        ) from error
+    if "cpu" not in devices:
         raise ValueError(
             f"{owner}: group must have a CPU backend, to exchange handles, got "
             f"{dist.get_backend_config(group)!r}; make it with the backend 'gloo' or "
