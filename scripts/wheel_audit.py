@@ -6,6 +6,7 @@ wheel keeps it; :data:`RULES` has them all.
 
 from __future__ import annotations
 
+import ast
 import email.message
 import email.parser
 import hashlib
@@ -51,6 +52,14 @@ LINKER_SYMBOLS = {"_init", "_fini", "_edata", "_end", "__bss_start"}
 CUDA_BUILD_SYMBOL = re.compile(r"(aoti_torch|torch)_\w*cuda(?<!_device_type_cuda)")
 CUDA_LIBRARY_SYMBOL = re.compile(r"cu(da)?[A-Z]")
 
+# torch.distributed's collectives of Python objects.
+OBJECT_COLLECTIVE = re.compile(r"\w+_object(_list)?")
+# What makes a tensor of the default device or dtype; not what takes both from another tensor.
+FACTORY = re.compile(
+    r"torch\.(arange|as_tensor|asarray|empty|empty_permuted|empty_strided|eye|full|linspace|logspace"
+    r"|normal|ones|rand|randint|randn|randperm|range|scalar_tensor|tensor|zeros)"
+)
+
 
 @dataclass(frozen=True)
 class Library:
@@ -83,6 +92,8 @@ class Wheel:
     tags: tuple[str, ...]
     """The tags of the WHEEL file, such as py3-none-any."""
     libraries: tuple[Library, ...]
+    modules: dict[str, str]
+    """The text of each Python file."""
 
     @property
     def package(self) -> str:
@@ -127,6 +138,7 @@ def read_wheel(path: Path) -> Wheel:
                 for name in members
                 if archive.read(name)[:4] == b"\x7fELF"
             ),
+            modules={name: archive.read(name).decode() for name in members if name.endswith(".py")},
         )
 
 
@@ -268,6 +280,47 @@ def symbol_complaints(wheel: Wheel) -> Iterator[str]:
                 yield f"{library.name} needs {symbol}, of a CUDA library that is not linked"
 
 
+def version_complaints(wheel: Wheel) -> Iterator[str]:
+    """A package knows its version, also where it has no metadata, as vendored or frozen."""
+    wanted = f'__version__ = "{wheel.version}"'
+    name = f"{wheel.package}/__init__.py"
+    if wanted not in wheel.modules[name].splitlines():
+        yield f"{name} lacks the line {wanted}"
+
+
+def import_complaints(wheel: Wheel) -> Iterator[str]:
+    """A package needs torch alone: not NumPy, which torch does not bring.
+
+    torch's collectives of objects need it.
+    """
+    for name, text in wheel.modules.items():
+        for node in ast.walk(ast.parse(text)):
+            imported = [
+                alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")
+            ]
+            if isinstance(node, ast.ImportFrom):
+                imported.append(node.module or "")
+            if any(module.split(".")[0] == "numpy" for module in imported if module):
+                yield f"{name} imports numpy"
+            called = node.attr if isinstance(node, ast.Attribute) else ""
+            for collective in {called, *imported}:
+                if OBJECT_COLLECTIVE.fullmatch(collective):
+                    yield f"{name} uses {collective}, which needs numpy"
+
+
+def factory_complaints(wheel: Wheel) -> Iterator[str]:
+    """No tensor depends on the process's default device and dtype, which belong to the caller."""
+    for name, text in wheel.modules.items():
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Call):
+                continue
+            function = ast.unparse(node.func)
+            missing = {"device", "dtype"} - {keyword.arg for keyword in node.keywords}
+            if FACTORY.fullmatch(function) and missing:
+                lacks = " and ".join(sorted(missing))
+                yield f"{name}:{node.lineno} calls {function} without {lacks}"
+
+
 RULES: tuple[Callable[[Wheel], Iterator[str]], ...] = (
     tag_complaints,
     size_complaints,
@@ -275,4 +328,7 @@ RULES: tuple[Callable[[Wheel], Iterator[str]], ...] = (
     content_complaints,
     linkage_complaints,
     symbol_complaints,
+    version_complaints,
+    import_complaints,
+    factory_complaints,
 )

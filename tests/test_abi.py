@@ -47,7 +47,7 @@ def make_wheel(directory: Path, library: bytes, **changes: str | None) -> Wheel:
     """Write a wheel that keeps every rule but for its changed members; None leaves one out."""
     path = directory / "sample-1.0-py3-none-manylinux_2_34_x86_64.whl"
     members: dict[str, str | bytes | None] = {
-        "sample/__init__.py": "",
+        "sample/__init__.py": '__version__ = "1.0"\n',
         "sample/py.typed": "",
         "sample/_sample.so": library,
         "sample-1.0.dist-info/METADATA": METADATA,
@@ -125,6 +125,38 @@ def test_unsound_metadata_is_named(tmp_path: Path, name, content, expected):
         tmp_path, compile_library(tmp_path), **{f"sample-1.0.dist-info/{name}": content}
     )
     assert any(expected in complaint for complaint in complaints(wheel)), complaints(wheel)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("__init__", '__version__ = "1.1"', 'lacks the line __version__ = "1.0"'),
+        ("a", "import numpy as np", "sample/a.py imports numpy"),
+        ("a", "def f():\n    from numpy.linalg import norm", "sample/a.py imports numpy"),
+        ("a", "dist.all_gather_object(x, y)", "uses all_gather_object"),
+        ("a", "from torch.distributed import send_object_list", "uses send_object_list"),
+        ("a", "x = 1\ntorch.empty(3, dtype=d)", "a.py:2 calls torch.empty without device"),
+        ("a", "f(torch.tensor([1]))", "calls torch.tensor without device and dtype"),
+    ],
+)
+def test_unsound_module_is_named(tmp_path: Path, name, text, expected):
+    found = complaints(
+        make_wheel(tmp_path, compile_library(tmp_path), **{f"sample/{name}.py": text})
+    )
+    assert any(expected in complaint for complaint in found), found
+
+
+def test_sound_module_is_let_through(tmp_path: Path):
+    text = """
+from torch import Tensor
+import torch.numpy_is_not_this
+
+x = torch.zeros(3, device="cpu", dtype=torch.int32)
+y = x.new_empty(2) + torch.empty_like(x)
+dist.all_gather(x, y)
+"""
+    wheel = make_wheel(tmp_path, compile_library(tmp_path), **{"sample/a.py": text})
+    assert complaints(wheel) == []
 
 
 @pytest.mark.parametrize("name", ["sample/kernel.cuh", "sample/tests/test_it.py", "other/it.py"])

@@ -18,12 +18,14 @@ from unittest import mock
 
 import communicator_workers as workers
 import custom_ar
+import custom_ar_smoke as smoke
 import peer_group_workers as shared
 import pytest
 import torch
 import torch.distributed as dist
 from custom_ar import communicator as module
 from rank_processes import Run, runner
+from torch_defaults import DEFAULTS, check_owner
 
 # What torch makes of the backend "gloo".
 GLOO = str(dist.distributed_c10d.BackendConfig(dist.Backend("gloo")))
@@ -78,6 +80,12 @@ def test_default_group(two: Run) -> None:
     two(workers.default_group)
 
 
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_the_process(one: Run, two: Run, name: str) -> None:
+    for run in (one, two):
+        run(check_owner, name, smoke.make, smoke.check)
+
+
 def test_no_gradient_is_recorded(two: Run) -> None:
     two(workers.no_gradients)
 
@@ -109,6 +117,15 @@ def test_subgroup_of_one(three: Run) -> None:
 def test_group_that_spans_hosts(three: Run) -> None:
     results = three(shared.spanning_hosts, workers.Kind, ["a", "b", "a"])
     assert_one_line(results, "the group spans hosts: ranks 0, 2 on a, rank 1 on b")
+
+
+@pytest.mark.parametrize("how", ["destroyed", "made otherwise"])
+def test_group_that_torch_does_not_know(two: Run, how: str) -> None:
+    expected = (
+        "custom_ar.Communicator: group must be a process group, got one that torch.distributed "
+        "does not know: it was destroyed, or made by other means than torch.distributed.new_group"
+    )
+    assert two(shared.unknown_group, workers.Kind, how) == [("ValueError", expected)] * 2
 
 
 def test_group_without_a_cpu_backend(two: Run) -> None:
@@ -297,23 +314,27 @@ def test_obstacles(count: int, changes: dict[str, Any], reason: str) -> None:
 
 def test_example(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-I", EXAMPLE],
+        [sys.executable, EXAMPLE],
         cwd=tmp_path,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")},
+        env={
+            "GLOO_SOCKET_IFNAME": "lo",
+            **os.environ,
+            # Where this process has the package from.
+            "PYTHONPATH": str(Path(custom_ar.__file__).parents[1]),
+        },
         capture_output=True,
         text=True,
         check=False,
         timeout=180,
     )
     assert result.returncode == 0, result.stderr
-    # gloo prints too, in some versions.
-    lines = [line for line in result.stdout.splitlines() if line.startswith("rank ")]
-    assert len(lines) == 2
-    assert all(re.match(r"rank \d on \S+: 3 \(", line) for line in lines)
-    if torch.cuda.device_count() < 2:
-        assert all("the device of ranks 0, 1 is cpu" in line for line in lines)
-    else:
-        assert all(line.endswith("(by the kernels)") for line in lines)
+    # Both processes print, and gloo does in some versions: lines may run into each other.
+    found = re.findall(r"rank (\d) on \S+: ([\d.]+) \(([^)]*)\)", result.stdout)
+    assert sorted(line[:2] for line in found) == [("0", "3"), ("1", "3")], result.stdout
+    expected = (
+        "the device of ranks 0, 1 is cpu" if torch.cuda.device_count() < 2 else "by the kernels"
+    )
+    assert all(expected in how for _, _, how in found)
 
 
 def test_readme_shows_the_example() -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import all_reduce_workers as workers
+import custom_ar_smoke as smoke
 import pytest
 import torch
 from rank_processes import Run, check_survivors, cuda_devices, runner, spawn_ranks
+from torch_defaults import GPU_DEFAULTS, check_owner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +24,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def run_pair() -> Iterator[Run]:
     yield from runner(2, cuda_devices())
+
+
+@pytest.mark.parametrize("name", GPU_DEFAULTS)
+def test_defaults_of_the_process(run_pair: Run, name: str) -> None:
+    run_pair(check_owner, name, smoke.make, smoke.check)
 
 
 def test_two_ranks(run_pair: Run, seed: int) -> None:

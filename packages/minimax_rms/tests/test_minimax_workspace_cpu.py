@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import minimax_rms
+import minimax_smoke as smoke
 import minimax_workers as workers
 import peer_group_workers as shared
 import pytest
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from minimax_rms import workspace as module
 from rank_processes import Run, runner
+from torch_defaults import DEFAULTS, check_owner
 
 # What torch makes of the backend "gloo".
 GLOO = str(dist.distributed_c10d.BackendConfig(dist.Backend("gloo")))
@@ -78,6 +80,12 @@ def test_default_group(two: Run) -> None:
     two(workers.default_group)
 
 
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_the_process(one: Run, two: Run, name: str) -> None:
+    for run in (one, two):
+        run(check_owner, name, smoke.make, smoke.check)
+
+
 def test_no_gradient_is_recorded(two: Run) -> None:
     two(workers.no_gradients)
 
@@ -113,6 +121,15 @@ def test_subgroup_of_one(three: Run) -> None:
 def test_group_that_spans_hosts(three: Run) -> None:
     results = three(shared.spanning_hosts, workers.Kind, ["a", "b", "a"])
     assert_one_line(results, "the group spans hosts: ranks 0, 2 on a, rank 1 on b")
+
+
+@pytest.mark.parametrize("how", ["destroyed", "made otherwise"])
+def test_group_that_torch_does_not_know(two: Run, how: str) -> None:
+    expected = (
+        "minimax_rms.Workspace: group must be a process group, got one that torch.distributed "
+        "does not know: it was destroyed, or made by other means than torch.distributed.new_group"
+    )
+    assert two(shared.unknown_group, workers.Kind, how) == [("ValueError", expected)] * 2
 
 
 def test_group_without_a_cpu_backend(two: Run) -> None:

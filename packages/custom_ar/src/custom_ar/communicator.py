@@ -362,7 +362,7 @@ class Communicator:
     def _probe(self, fa: int | None) -> None:
         """Raise unless peers' writes arrive: some drivers promise access and lose them."""
         with torch.cuda.device(self.device):
-            index = torch.arange(_PROBE_ELEMENTS, device=self.device) % 1009
+            index = torch.arange(_PROBE_ELEMENTS, dtype=torch.int64, device=self.device) % 1009
             own = (index + 1009 * self.rank).float()
             ranks = range(self.world_size)
             expected = (index * len(ranks) + 1009 * sum(ranks)).float()

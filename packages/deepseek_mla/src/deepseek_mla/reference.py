@@ -139,7 +139,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
         ``[..., 512]`` float32.
     """
     mean = sum_of_squares(x) * (1.0 / HEAD_DIM)
-    biased = mean + torch.tensor(eps, dtype=torch.float32)
+    biased = mean + torch.tensor(eps, dtype=torch.float32, device="cpu")
     # Both float64 operations round, yet over all 2**24 float32 significands and exponent parities
     # the result rounds to the correct float32.
     return x * (1.0 / torch.sqrt(biased.double())).float()

@@ -383,9 +383,9 @@ class Workspace:
         num_tokens = min(_PROBE_TOKENS, self.max_tokens)
         q_size, kv_size = 8, 4
         with torch.cuda.device(self.device):
-            counts = torch.arange(num_tokens, device=self.device)
-            weight_q = torch.ones(q_size, device=self.device)
-            weight_k = torch.ones(kv_size, device=self.device)
+            counts = torch.arange(num_tokens, dtype=torch.int64, device=self.device)
+            weight_q = torch.ones(q_size, dtype=torch.float32, device=self.device)
+            weight_k = torch.ones(kv_size, dtype=torch.float32, device=self.device)
             # The input is small integers, and an output is input / sqrt(sum / elements).
             right = []
 
@@ -502,7 +502,7 @@ class _SharedMemory:
 
 def _no_workspace() -> Tensor:
     """What a single rank gives the operators. On the CPU: it does not choose the kernel."""
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _obstacle(facts: Sequence[_Facts]) -> str | None:
