@@ -72,6 +72,22 @@ def check_calls(rank: Rank, communicator: custom_ar.Communicator, dtype: torch.d
     assert communicator.all_reduce(empty, out=empty) is empty
 
 
+def outputs_that_autograd_guards(rank: Rank) -> None:
+    """Outputs that torch's own operators would not write: the kernels do."""
+    with custom_ar.Communicator(rank.group, device=rank.device) as communicator:
+        x = torch.full((6, 4), rank.rank + 1.0)
+        total = torch.full((6, 4), sum(range(1, rank.world_size + 1)) * 1.0)
+        for parts in (slice(None), slice(None, None, 2)):
+            with torch.inference_mode():
+                out = torch.zeros(6, 4)[:, parts]
+            assert communicator.all_reduce(x[:, parts], out=out) is out
+            assert torch.equal(out, total[:, parts])
+        leaf = torch.zeros(6, 4, requires_grad=True)
+        assert communicator.all_reduce(x, out=leaf) is leaf
+        assert torch.equal(leaf.detach(), total)
+        assert not communicator.all_reduce(x).is_inference()
+
+
 def check_closed(communicator: custom_ar.Communicator) -> None:
     assert communicator.closed
     communicator.close()

@@ -86,6 +86,11 @@ def test_defaults_of_the_process(one: Run, two: Run, name: str) -> None:
         run(check_owner, name, smoke.make, smoke.check)
 
 
+def test_outputs_that_autograd_guards(one: Run, two: Run) -> None:
+    for run in (one, two):
+        run(workers.outputs_that_autograd_guards)
+
+
 def test_no_gradient_is_recorded(two: Run) -> None:
     two(workers.no_gradients)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import deepseek_mla
 import mla_calls
+import mla_smoke
 import pytest
 import torch
 from deepseek_mla import reference
 from mla_calls import Call, make_call
+from torch_defaults import GPU_DEFAULTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +69,13 @@ def generator(seed: int) -> torch.Generator:
 def check(call: Call) -> None:
     expected = call.reference_of()
     mla_calls.assert_same_bits(call.run(deepseek_mla), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", GPU_DEFAULTS)
+def test_defaults_of_the_process(name: str, device: str) -> None:
+    current = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    mla_smoke.check_under(GPU_DEFAULTS[name], current)
 
 
 @pytest.mark.parametrize("dtype", mla_calls.DTYPES, ids=str)

@@ -10,10 +10,12 @@ from typing import Any
 
 import deepseek_mla
 import mla_calls
+import mla_smoke
 import pytest
 import torch
 from mla_calls import Call, make_call
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch_defaults import DEFAULTS
 
 QNORM_ARGUMENTS = (
     "(Tensor q_in, Tensor kv, Tensor(a!) k_cache, Tensor slot_mapping, Tensor position_ids, "
@@ -103,6 +105,23 @@ def test_cpu_equals_reference(call: Call) -> None:
     call.run(deepseek_mla)
     if "q_out" in call.args:
         assert call.result is call.args["q_out"]
+    mla_calls.assert_same_bits(call, expected)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_the_process(name: str) -> None:
+    mla_smoke.check_under(DEFAULTS[name], torch.device("cpu"))
+
+
+def test_tensors_of_inference_mode_are_written_outside(call: Call) -> None:
+    """As by the CUDA kernels. A new result is no such tensor."""
+    expected = call.reference_of()
+    with torch.inference_mode():
+        call = call.clone()
+    assert call.args["k_cache"].is_inference()
+    call.run(deepseek_mla)
+    if call.result is not None and "q_out" not in call.args:
+        assert not call.result.is_inference()
     mla_calls.assert_same_bits(call, expected)
 
 

@@ -295,11 +295,11 @@ class Communicator:
         if x.numel() == 0 or self.world_size == 1:
             if out is None:
                 return x.clone()
-            return out.copy_(x)
+            return _write(out, x)
         if self._takes(x):
             dense = x.clone()
             _ops.all_reduce(self._fa, dense, dense, 0, 0)
-            return dense if out is None else out.copy_(dense)
+            return dense if out is None else _write(out, dense)
 
         if self.fallback_reason is None:
             # Peers that are lost to the kernels would be waited for there, too.
@@ -309,9 +309,9 @@ class Communicator:
         # Not all backends take strides other than a contiguous tensor's.
         summed = result if result.is_contiguous() else x.contiguous().clone()
         if summed is out:
-            out.copy_(x)
+            _write(out, x)
         dist.all_reduce(summed, group=self.group)
-        return result if summed is result else result.copy_(summed)
+        return result if summed is result else _write(result, summed)
 
     def _log_unsupported(self, x: Tensor) -> None:
         """Say, once for each reason, why a call goes another way than the others."""
@@ -444,6 +444,13 @@ def _checked_max_size(max_size: int) -> int:
     if not isinstance(max_size, int) or not 0 < max_size <= _MAX_MAX_SIZE:
         raise ValueError(f"max_size must be bytes in [1, 2^40], got {max_size!r}")
     return max_size
+
+
+def _write(out: Tensor, value: Tensor) -> Tensor:
+    """Copy to ``out`` as the kernels write: whatever autograd and inference mode make of it."""
+    with torch.inference_mode():
+        out.copy_(value)
+    return out
 
 
 def _check_out(x: Tensor, out: Tensor) -> None:

@@ -31,7 +31,9 @@ def _register(name: str, overload: str = "") -> None:
         result: Tensor | None = check(*bound.args, **outputs)
         if result is not None:
             outputs["q_out"] = result
-        implementation(*bound.args, **outputs)
+        # Else tensors that were made in inference mode could be written nowhere else.
+        with torch.inference_mode():
+            implementation(*bound.args, **outputs)
         return result
 
     qualified_name = f"deepseek_mla::{name}" + (overload and f".{overload}")

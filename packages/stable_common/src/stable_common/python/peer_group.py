@@ -482,8 +482,9 @@ def checked_group(owner: str, group: object) -> dist.ProcessGroup:
         devices = backend_devices(group)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{owner}: group must be a process group, got one that torch.distributed does not know: it "
-            "was destroyed, or made by other means than torch.distributed.new_group"
+            f"{owner}: group must be a process group, got one that "
+            "torch.distributed does not know: "
+            "it was destroyed, or made by other means than torch.distributed.new_group"
         ) from error
     if "cpu" not in devices:
         raise ValueError(
