@@ -41,10 +41,6 @@ STABLE_TORCH_LIBRARY_IMPL(custom_ar, CUDA, m) {
   m.impl("_all_reduce_as", TORCH_BOX(&custom_ar::all_reduce_as));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(custom_ar, CPU, m) {
-  m.impl("open_mem_handle", TORCH_BOX(&custom_ar::open_mem_handle));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(custom_ar, CompositeExplicitAutograd, m) {
   m.impl("dispose", TORCH_BOX(&custom_ar::dispose));
   m.impl("meta_size", TORCH_BOX(&custom_ar::meta_size));
@@ -53,6 +49,8 @@ STABLE_TORCH_LIBRARY_IMPL(custom_ar, CompositeExplicitAutograd, m) {
   m.impl("register_graph_buffers", TORCH_BOX(&custom_ar::register_graph_buffers));
   m.impl("allocate_shared_buffer_and_handle",
          TORCH_BOX(&custom_ar::allocate_shared_buffer_and_handle));
+  // Of a tensor on any device: it checks that it is on the CPU.
+  m.impl("open_mem_handle", TORCH_BOX(&custom_ar::open_mem_handle));
   m.impl("free_shared_buffer", TORCH_BOX(&custom_ar::free_shared_buffer));
   // Of tensors on any device: those on others they do not take.
   m.impl("_try_all_reduce", TORCH_BOX(&custom_ar::try_all_reduce));

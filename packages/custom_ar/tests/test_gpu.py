@@ -764,6 +764,14 @@ def test_calling_order_of_an_existing_caller(generator: torch.Generator, world_s
         ops.free_shared_buffer(buffers[rank])
 
 
+def test_handle_on_the_gpu_is_refused() -> None:
+    """The host reads it."""
+    handle = torch.zeros(64, dtype=torch.uint8, device="cuda:0")
+    message = r"^custom_ar::open_mem_handle: mem_handle must be on the CPU, got cuda:0"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.custom_ar.open_mem_handle(handle)
+
+
 def test_shared_memory_is_zeroed_and_freed_once() -> None:
     ops = torch.ops.custom_ar
     num_bytes = 1 << 20

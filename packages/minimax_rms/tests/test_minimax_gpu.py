@@ -1461,3 +1461,11 @@ def test_rows_far_apart(generator: torch.Generator, nranks: int) -> None:
     with LocalRanks(nranks) as ranks:
         check(ranks, dataclasses.replace(problem, inputs=inputs))
         assert not any(ranks.failures())
+
+
+def test_handle_on_the_gpu_is_refused() -> None:
+    """The host reads it."""
+    handle = torch.zeros(64, dtype=torch.uint8, device="cuda:0")
+    message = r"^minimax_rms::_open: handle must be on the CPU, got cuda:0"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.minimax_rms._open(handle)

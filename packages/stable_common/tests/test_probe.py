@@ -1,10 +1,13 @@
 """The headers, seen from Python through the probe extension."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+
+BUILD_PYTHON = "STABLE_KERNELS_BUILD_PYTHON"
 
 
 def bf16(*shape: int) -> torch.Tensor:
@@ -95,6 +98,60 @@ def test_outputs_with_overlap_are_refused(probe, out, message) -> None:
         probe.check_arguments(bf16(3, 16), bf16(3, 5), out)
     first_line = str(error.value).splitlines()[0]
     assert first_line == f"probe::check_arguments: out must not overlap itself, {message}"
+
+
+def test_what_the_host_reads_is_on_the_cpu(probe) -> None:
+    probe.check_on_cpu(bf16(3))
+    message = "probe::check_on_cpu: x must be on the CPU, got "
+    with pytest.raises(RuntimeError) as error:
+        probe.check_on_cpu(torch.empty(3, device="meta"))
+    assert str(error.value).splitlines()[0] == message + "neither cuda nor cpu"
+    if torch.cuda.is_available():
+        with pytest.raises(RuntimeError) as error:
+            probe.check_on_cpu(torch.empty(3, device="cuda:0"))
+        assert str(error.value).splitlines()[0] == message + "cuda:0"
+
+
+ARCHITECTURES = """\
+include("${DIRECTORY}/StableExtension.cmake")
+stable_common_check_architectures(sample ${ARCHITECTURES})
+"""
+
+
+def check_architectures(directory: Path, *architectures: str) -> str:
+    """What CMake says of a package's architectures; empty if it takes them."""
+    python = os.environ.get(BUILD_PYTHON)
+    if python is None:
+        pytest.skip(f"{BUILD_PYTHON} is not set: no CMake")
+    code = "import stable_common; print(stable_common.get_cmake_dir())"
+    cmake_dir = subprocess.check_output([python, "-I", "-c", code], text=True).strip()
+    script = directory / "check.cmake"
+    script.write_text(ARCHITECTURES)
+    result = subprocess.run(
+        [
+            *(Path(python).parent / "cmake", f"-DDIRECTORY={cmake_dir}"),
+            *(f"-DARCHITECTURES={';'.join(architectures)}", "-P", script),
+        ],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert bool(result.returncode) == bool(result.stderr)
+    return " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("architecture", ["80", "75-virtual", "89", "86-virtual"])
+def test_ptx_that_would_launch_early_is_refused(tmp_path: Path, architecture: str) -> None:
+    """On a later GPU it would not wait for the grid before it, which it is told it may overlap."""
+    message = check_architectures(tmp_path, "80-real", architecture, "90a-real")
+    number = architecture.removesuffix("-virtual")
+    assert f"sample: CUDA_ARCHITECTURES has {architecture}" in message
+    assert f"name {number}-real" in message
+
+
+@pytest.mark.parametrize("architecture", ["90", "90-virtual", "90a", "100", "100f-virtual", "120"])
+def test_ptx_that_waits_is_taken(tmp_path: Path, architecture: str) -> None:
+    assert check_architectures(tmp_path, "75-real", "80-real", "89-real", architecture) == ""
 
 
 def test_cuda_is_detected(probe) -> None:

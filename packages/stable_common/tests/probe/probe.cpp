@@ -30,6 +30,8 @@ void check_arguments(const Tensor& x, const Tensor& weight, const Tensor& out) {
   Argument("probe::check_arguments", "out", out).has_no_overlap();
 }
 
+void check_on_cpu(const Tensor& x) { Argument("probe::check_on_cpu", "x", x).is_on_cpu(); }
+
 bool torch_has_cuda() { return stable_common::torch_has_cuda(); }
 
 bool has_driver_function(std::string name) {
@@ -62,6 +64,7 @@ void convert(const Tensor& values, Tensor bytes, Tensor exponents) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stable_common_probe, m) {
   m.def("check_arguments(Tensor x, Tensor weight, Tensor out) -> ()");
+  m.def("check_on_cpu(Tensor x) -> ()");
   m.def("torch_has_cuda() -> bool");
   m.def("has_driver_function(str name) -> bool");
   m.def("fail_driver_call(int code) -> ()");
@@ -71,6 +74,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stable_common_probe, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(stable_common_probe, CompositeExplicitAutograd, m) {
   m.impl("check_arguments", TORCH_BOX(&check_arguments));
+  m.impl("check_on_cpu", TORCH_BOX(&check_on_cpu));
   m.impl("torch_has_cuda", TORCH_BOX(&torch_has_cuda));
   m.impl("has_driver_function", TORCH_BOX(&has_driver_function));
   m.impl("fail_driver_call", TORCH_BOX(&fail_driver_call));

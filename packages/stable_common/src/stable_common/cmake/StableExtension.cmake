@@ -52,12 +52,27 @@ macro(stable_common_enable_cuda)
   enable_language(CUDA)
 endmacro()
 
+# Refuses PTX of architectures below 90: what it has of launch.h does not wait for the previous grid,
+# and on a GPU from 90 on it would be launched before that has ended.
+function(stable_common_check_architectures name)
+  foreach(architecture IN LISTS ARGN)
+    if(architecture MATCHES "^([0-9]+)[af]?(-virtual)?$" AND CMAKE_MATCH_1 LESS 90)
+      message(
+        FATAL_ERROR
+        "stable_common: ${name}: CUDA_ARCHITECTURES has ${architecture}, whose PTX later GPUs would run; "
+        "PTX must be of 90 or later, so name ${CMAKE_MATCH_1}-real"
+      )
+    endif()
+  endforeach()
+endfunction()
+
 # stable_common_add_extension(<name> SOURCES <file>... CUDA_ARCHITECTURES <arch>...
 #   [PYTHON_MODULES <module>...] [DESTINATION <dir>])
 #
 # Builds _<name>.so, an op library that loads under every torch from 2.10 on, with CUDA or without,
 # and installs it to <dir> (default: <name>). .cu sources see CUDA headers only; .cpp sources see
-# torch's stable headers too. Architectures are CMake's: 90a-real is a cubin, 120 a cubin and PTX.
+# torch's stable headers too. Architectures are CMake's: 90a-real is a cubin, 120 a cubin and PTX,
+# which is not taken of those below 90.
 #
 # Of the Python modules that packages share, those named are installed beside it, each under a
 # private name: peer_group as _peer_group.py. So no package needs another one to run.
@@ -75,6 +90,7 @@ function(stable_common_add_extension name)
       "stable_common_add_extension(${name}) needs SOURCES and CUDA_ARCHITECTURES, got ${ARGN}"
     )
   endif()
+  stable_common_check_architectures(${name} ${arg_CUDA_ARCHITECTURES})
   if(NOT arg_DESTINATION)
     set(arg_DESTINATION "${name}")
   endif()

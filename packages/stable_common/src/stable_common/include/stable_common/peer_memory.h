@@ -143,7 +143,8 @@ inline Tensor handle_tensor(const cudaIpcMemHandle_t& handle) {
 
 inline cudaIpcMemHandle_t tensor_handle(const Argument& argument) {
   cudaIpcMemHandle_t handle;
-  argument.has_dtype({ScalarType::Byte})
+  argument.is_on_cpu()
+      .has_dtype({ScalarType::Byte})
       .has_shape({static_cast<int64_t>(sizeof(handle))})
       .is_dense_from(0);
   std::memcpy(&handle, argument.tensor().data_ptr(), sizeof(handle));

@@ -168,6 +168,12 @@ class Argument {
     return *this;
   }
 
+  // What the host reads.
+  const Argument& is_on_cpu() const {
+    require(device_.type == aoti_torch_device_type_cpu(), "must be on the CPU, got ", device_);
+    return *this;
+  }
+
   const Argument& has_shape(std::initializer_list<Dim> expected) const {
     bool matches = static_cast<size_t>(rank()) == expected.size();
     int64_t dim = 0;
