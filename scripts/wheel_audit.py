@@ -27,6 +27,8 @@ SIZE_LIMIT_MB = 10.0
 # glibc of the manylinux_2_34 tag: what the static CUDA runtime asks for.
 GLIBC_LIMIT = (2, 34)
 TORCH_FLOOR = "2.10"
+# The floor and its pre-releases, without naming one: that would let pip install pre-releases.
+TORCH_REQUIREMENT = "torch>=2.9.99"
 
 TORCH_LIBRARY = "libtorch.so"
 SYSTEM_LIBRARIES = {
@@ -230,7 +232,7 @@ def metadata_complaints(wheel: Wheel) -> Iterator[str]:
     if not any("/licenses/" in name for name in wheel.members):
         yield "no licence file in dist-info"
     required = wheel.metadata.get_all("Requires-Dist", [])
-    wanted = [f"torch>={TORCH_FLOOR}"] if wheel.libraries else []
+    wanted = [TORCH_REQUIREMENT] if wheel.libraries else []
     if required != wanted:
         yield f"requires {required}, not {wanted}"
 

@@ -13,7 +13,7 @@ Metadata-Version: 2.4
 Name: sample
 Version: 1.0
 License-Expression: Apache-2.0
-Requires-Dist: torch>=2.10
+Requires-Dist: torch>=2.9.99
 """
 WHEEL = """\
 Wheel-Version: 1.0
@@ -114,7 +114,7 @@ def test_sound_library_is_let_through(tmp_path: Path, source):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("METADATA", METADATA.replace("torch>=2.10", "torch"), "requires ['torch']"),
+        ("METADATA", METADATA.replace("torch>=2.9.99", "torch"), "requires ['torch']"),
         ("METADATA", METADATA.replace("Apache-2.0", "MIT"), "License-Expression is MIT"),
         ("WHEEL", WHEEL.replace("py3-none", "cp312-cp312"), "is not py3-none-*"),
         ("licenses/LICENSE", None, "no licence file"),

@@ -5,7 +5,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from wheel_audit import RULES, SYSTEM_LIBRARIES, TORCH_FLOOR, read_wheel
+from packaging.requirements import Requirement
+from wheel_audit import RULES, SYSTEM_LIBRARIES, TORCH_FLOOR, TORCH_REQUIREMENT, read_wheel
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -31,3 +32,13 @@ def test_torch_floor_is_the_torch_built_against():
     pin = re.search(r"^torch==(\d+\.\d+)\.\d+$", (root / "toolchain.txt").read_text(), re.MULTILINE)
     assert pin is not None
     assert pin[1] == TORCH_FLOOR
+
+
+def test_torch_requirement_keeps_a_pre_release_and_asks_for_none():
+    """pip and uv look at pre-releases of the index where the requirement names one."""
+    requirement = Requirement(TORCH_REQUIREMENT).specifier
+    assert not requirement.prereleases
+    for version in (f"{TORCH_FLOOR}.0a0+b558c986e8.nv25.11", f"{TORCH_FLOOR}.0", "2.15.0"):
+        assert requirement.contains(version, prereleases=True)
+    for version in ("2.9.1", "2.9.0a0"):
+        assert not requirement.contains(version, prereleases=True)
