@@ -78,7 +78,7 @@ def lint(session: nox.Session) -> None:
     session.run("mypy", f"--python-executable={sys.executable}", "noxfile.py")
     with_torch = [
         *("bench_ranks", "exact_tensors", "peer_group_workers"),
-        *("rank_processes", "rank_soak", "rank_streams"),
+        *("rank_processes", "rank_soak", "rank_streams", "torch_defaults"),
     ]
     session.run("mypy", f"--exclude={'|'.join(with_torch)}", "scripts")
     # As the benchmarks and tests that import them, they call what torch gives no types for.
@@ -130,7 +130,7 @@ def tests(session: nox.Session, torch: str) -> None:
 
     requirements = nox.project.dependency_groups(PYPROJECT, "test")
     with (
-        torch_environment(session, f"torch=={torch}", *requirements, *tested.values()) as python,
+        torch_environment(session, f"torch=={torch}", *tested.values()) as python,
         tempfile.TemporaryDirectory(prefix="stable-kernels-") as directory,
     ):
         stage = Path(directory)
@@ -142,6 +142,9 @@ def tests(session: nox.Session, torch: str) -> None:
                 copy(ROOT / name, stage / name)
             for wheel in tested.values():
                 copy(wheel, stage / "dist" / wheel.name)
+        if torch == TORCH_VERSIONS[-1]:
+            run_scripts(session, python, stage)
+        install(session, python, *requirements)
         with session.chdir(stage):
             # -I: neither the working directory nor the user's site-packages are on the path.
             session.run(
@@ -175,7 +178,7 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bundle(session: nox.Session) -> None:
-    """Write dist/bundle/, which tests and measures the wheels on an offline GPU machine."""
+    """Write dist/bundle/, which tests and measures wheels on an offline GPU machine, and try it."""
     packages = named_packages(session)
     bundled = {package: find_wheel(session, package) for package in packages}
     shutil.rmtree(BUNDLE, ignore_errors=True)
@@ -195,6 +198,18 @@ def bundle(session: nox.Session) -> None:
     session.log(f"{BUNDLE.relative_to(ROOT)}: {size:.1f} MB")
     if size > BUNDLE_LIMIT_MB:
         session.error(f"the bundle is larger than {BUNDLE_LIMIT_MB} MB")
+    # With no more than the bundle needs there.
+    needed = [
+        requirement
+        for requirement in nox.project.dependency_groups(PYPROJECT, "test")
+        if Requirement(requirement).name in ("numpy", "pytest")
+    ]
+    with torch_environment(session, f"torch=={TORCH_VERSIONS[-1]}", "pip", *needed) as python:
+        session.run(
+            *(python, BUNDLE / "run.py", "tests", "--", "-p", "no:cacheprovider", "--quiet"),
+            env={"PYTHONPATH": None, "PYTHONDONTWRITEBYTECODE": "1"},
+            external=True,
+        )
 
 
 @nox.session
@@ -204,6 +219,16 @@ def report(session: nox.Session) -> None:
     session.run(
         "python", "scripts/report.py", *session.posargs, env={"MPLCONFIGDIR": session.create_tmp()}
     )
+
+
+def run_scripts(session: nox.Session, python: Path, stage: Path) -> None:
+    """Run examples and smokes with what a user has who installs a wheel: torch, and no NumPy."""
+    code = "import importlib.util as u; assert u.find_spec('numpy') is None"
+    session.run(python, "-I", "-c", code, external=True)
+    environ = {"PYTHONPATH": None, "GLOO_SOCKET_IFNAME": "lo"}
+    scripts = [*stage.glob("packages/*/examples/*.py"), *stage.glob("packages/*/tests/*_smoke.py")]
+    for script in sorted(scripts):
+        session.run(python, "-I", script, env=environ, external=True)
 
 
 def build_tune(session: nox.Session, tune: Path) -> None:
