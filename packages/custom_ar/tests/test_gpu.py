@@ -439,6 +439,73 @@ def test_two_replays_at_once_fail(
 
 
 def test_two_threads_take_turns(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("in_thread", [False, True], ids=["same_thread", "other_thread"])
+@pytest.mark.parametrize("state", ["new", "idle", "busy"])
+def test_eager_calls_while_a_stream_captures(
+    generator: torch.Generator, state: str, in_thread: bool
+) -> None:
+    """A capture, in the global mode, goes on while the communicator has calls on other streams.
+
+    They are its first ones; or follow one on a stream that is idle, or busy.
+    """
+    world_size, length = 2, 4096
+    inputs, first_inputs, eager_inputs, more_inputs = (
+        random_inputs(world_size, length, torch.bfloat16, generator) for _ in range(4)
+    )
+    outputs = [torch.full_like(inp, torch.nan) for inp in inputs]
+    # By the graph that is captured meanwhile.
+    first_outputs, eager_outputs, more_outputs = (
+        [[torch.full_like(inp, torch.nan) for inp in inputs] for _ in range(world_size)]
+        for _ in range(3)
+    )
+    with LocalRanks(world_size) as ranks:
+        warm_up(ranks, generator, (torch.bfloat16, length))
+        torch.cuda._sleep(1)
+    with LocalRanks(world_size) as ranks, ThreadPoolExecutor(1) as thread:
+        firsts, others = ([torch.cuda.Stream() for _ in range(world_size)] for _ in range(2))
+        torch.cuda.synchronize()
+
+        def first_calls(graph: int) -> None:
+            for rank in range(world_size):
+                with torch.cuda.stream(firsts[rank]):
+                    torch.cuda._sleep(50_000_000)
+                    ranks.call(rank, first_inputs[rank], first_outputs[graph][rank])
+
+        def calls(graph: int) -> None:
+            if state == "busy":
+                first_calls(graph)
+            for inps, outs in ((eager_inputs, eager_outputs), (more_inputs, more_outputs)):
+                for rank in range(world_size):
+                    with torch.cuda.stream(others[rank]):
+                        ranks.call(rank, inps[rank], outs[graph][rank])
+
+        def capture(rank: int) -> None:
+            ranks.call(rank, inputs[rank], outputs[rank])
+            if in_thread:
+                thread.submit(calls, rank).result()
+            else:
+                calls(rank)
+            ranks.call(rank, outputs[rank], outputs[rank])
+
+        if state == "idle":
+            first_calls(0)
+        graphs = ranks.capture(capture)
+        torch.cuda.synchronize()
+        assert not any(ranks.failures())
+        for graph in range(world_size):
+            assert_same_bits(eager_outputs[graph], reference.all_reduce(eager_inputs))
+            assert_same_bits(more_outputs[graph], reference.all_reduce(more_inputs))
+            if state == "busy":
+                assert_same_bits(first_outputs[graph], reference.all_reduce(first_inputs))
+        expected = reference.all_reduce([reference.all_reduce(inputs)] * world_size)
+        for _ in range(2):
+            for out in outputs:
+                out.fill_(torch.nan)
+            ranks.replay(graphs)
+            assert_same_bits(outputs, expected)
+        assert not any(ranks.failures())
+
+
     """Calls of two host threads, each on a stream of its own: no piece comes between another's.
 
     Whose call is first is left open, so both sum the same.

@@ -714,6 +714,73 @@ def test_two_streams_take_turns(generator: torch.Generator) -> None:
                     assert_rounded(part, exact, f"call {call}")
 
 
+@pytest.mark.parametrize("in_thread", [False, True], ids=["same_thread", "other_thread"])
+@pytest.mark.parametrize("state", ["new", "idle", "busy"])
+def test_eager_calls_while_a_stream_captures(
+    generator: torch.Generator, state: str, in_thread: bool
+) -> None:
+    """A capture, in the global mode, goes on while the workspace has calls on other streams.
+
+    They are its first ones; or follow one on a stream that is idle, or busy.
+    """
+    nranks = 2
+    problem, first, eager, more = (
+        make_problem(nranks, tokens, (640, 128), torch.float16, generator)
+        for tokens in (5, 1, 3, 4)
+    )
+    with LocalRanks(nranks) as ranks:
+        warm_up(ranks, problem, first, eager, more)
+        torch.cuda._sleep(1)
+    with LocalRanks(nranks) as ranks, ThreadPoolExecutor(1) as thread:
+        firsts, others = ([torch.cuda.Stream() for _ in range(nranks)] for _ in range(2))
+        for stream in (*firsts, *others):  # memory for all outputs
+            with torch.cuda.stream(stream):
+                blocks = [torch.empty(5, 640, device="cuda") for _ in range(20)]
+                del blocks
+        torch.cuda.synchronize()
+        done: list[tuple[Problem, int, tuple[Tensor, ...]]] = []
+        captured: list[tuple[Tensor, ...]] = []
+
+        def first_calls() -> None:
+            for rank in range(nranks):
+                with torch.cuda.stream(firsts[rank]):
+                    torch.cuda._sleep(50_000_000)
+                    done.append((first, rank, ranks.call(rank, first)))
+
+        def calls() -> None:
+            if state == "busy":
+                first_calls()
+            for called in (eager, more):
+                for rank in range(nranks):
+                    with torch.cuda.stream(others[rank]):
+                        done.append((called, rank, ranks.call(rank, called)))
+
+        def capture(rank: int) -> None:
+            captured.append(ranks.call(rank, problem))
+            if in_thread:
+                thread.submit(calls).result()
+            else:
+                calls()
+
+        if state == "idle":
+            first_calls()
+        graphs = ranks.capture(capture)
+        torch.cuda.synchronize()
+        assert not any(ranks.failures())
+        for called, rank, parts in done:
+            for part, exact in zip(parts, called.exact()[rank], strict=True):
+                assert_rounded(part, exact, f"{called}, rank {rank}")
+        for _ in range(2):
+            for parts in captured:
+                for part in parts:
+                    part.fill_(POISON)
+            ranks.replay(graphs)
+            for parts, exact_parts in zip(captured, problem.exact(), strict=True):
+                for part, exact in zip(parts, exact_parts, strict=True):
+                    assert_rounded(part, exact, "replay")
+        assert not any(ranks.failures())
+
+
 def test_two_threads_take_turns(generator: torch.Generator) -> None:
     """Calls of two host threads, each on a stream of its own, which is first left open."""
     nranks, rounds = 2, 10

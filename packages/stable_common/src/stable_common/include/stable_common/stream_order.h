@@ -30,6 +30,8 @@ class StreamOrder {
     if (!has_several_streams_) {
       // A stream that has begun to capture can be neither asked nor waited for.
       if (is_capturing(last_stream_)) return false;
+      // Another stream may capture, and its capture must not end for what is asked here.
+      const RelaxedCapture relaxed;
       const cudaError_t busy = cudaStreamQuery(last_stream_);
       if (busy == cudaSuccess) return false;
       if (busy != cudaErrorNotReady) STABLE_CUDA_CHECK(busy);
