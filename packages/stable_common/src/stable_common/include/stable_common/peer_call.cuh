@@ -153,7 +153,6 @@ template <typename Params>
 __device__ __noinline__ uint64_t check_wait(const Params& params, uint32_t call, uint32_t absent,
                                             uint64_t timeout, uint64_t deadline) {
   constexpr uint64_t kStop = 0;
-  constexpr uint64_t kLastLook = 1;  // a time that has passed
   using Header = typename Params::Header;
   const Header* own = params.header(params.rank);
   if (load_header_word<Params>(&own->failure) != 0) return kStop;
@@ -169,15 +168,17 @@ __device__ __noinline__ uint64_t check_wait(const Params& params, uint32_t call,
       fail(params, FailureKind::kPeerGaveUp, 1u << r, call, failure);
       return kStop;
     }
+    // A peer closes once all that it sent is here: what it announced is read after that.
+    const bool has_closed = load_header_word<Params>(&own->closed[r]) != 0;
+    if (has_closed) __threadfence_system();
     const uint64_t announced =
         load_header_word<Params>(&own->descriptors[Header::descriptor_slot(call)][r]);
-    if (((announced ^ descriptor_of(params, call)) & kDescriptorCallMask) != 0) missing |= 1u << r;
-    if (load_header_word<Params>(&own->closed[r]) != 0) closed |= 1u << r;
+    if (((announced ^ descriptor_of(params, call)) & kDescriptorCallMask) != 0) {
+      missing |= 1u << r;
+      if (has_closed) closed |= 1u << r;
+    }
   }
-  closed &= missing;
   if (closed != 0) {
-    // What it sent before it closed is there by now.
-    if (deadline != kLastLook) return kLastLook;
     fail(params, FailureKind::kPeerClosed, closed, call, 0);
     return kStop;
   }
