@@ -7,6 +7,7 @@
 
 #include "all_reduce.h"
 #include "communicator.h"
+#include "stable_common/allocate.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/dtype.h"
 #include "stable_common/large_calls.h"
@@ -160,15 +161,9 @@ Tensor allocate_like(const char* op, const Argument& inp, const Message& message
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(inp.tensor().get(), &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(inp.tensor().get(), &strides));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(inp.tensor().get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  // The shim itself: through the dispatcher it takes longer than the rest of the call. It answers
-  // with a code and no reason, and memory is what can be lacking here.
-  const bool is_allocated =
-      aoti_torch_empty_strided(inp.rank(), sizes, strides, dtype, inp.device().type,
-                               inp.device().index, &handle) == AOTI_TORCH_SUCCESS;
-  check(is_allocated, op, "cannot allocate the result, ", message.num_bytes(), " bytes on ",
-        inp.device());
-  return Tensor(handle);
+  return stable_common::allocate_tensor(op, inp.rank(), sizes, strides, dtype, inp.device(),
+                                        "the result, ", message.num_bytes(), " bytes on ",
+                                        inp.device());
 }
 
 void run(const char* op, Communicator& fa, const Message& message, void* output,
@@ -255,7 +250,7 @@ std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
   check(size > 0, kAllocate, "size must be positive, got ", size);
   const CurrentDevice current(current_device_index());
   cudaIpcMemHandle_t handle = {};
-  void* address = stable_common::allocate_shared(size, 0, &handle);
+  void* address = stable_common::allocate_shared(kAllocate, size, 0, &handle);
   return {reinterpret_cast<int64_t>(address), stable_common::handle_tensor(handle)};
 }
 

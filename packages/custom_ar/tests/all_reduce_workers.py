@@ -213,6 +213,106 @@ def operator_checks(rank: Rank, seed: int) -> None:
     inputs = random_inputs(rank.world_size, 64, torch.float32, generator_of(rank, seed))
     own = inputs[rank.rank]
     caller = ExistingCaller(rank, 1 << 20)
+def buffers_of_different_sizes(rank: Rank, seed: int) -> None:
+    """By less, or by more, than what allocations are rounded to; in either slot, and in pieces."""
+    generator = generator_of(rank, seed)
+    for more in (4096, 5 << 20):
+        caller = ExistingCaller(rank, 1 << 16, more * rank.rank)
+        for length in (1000, 1000, 7 << 20):
+            inputs = random_inputs(rank.world_size, length, torch.bfloat16, generator)
+            got = caller.all_reduce(inputs[rank.rank])
+            assert_same_bits([got], reference.all_reduce(inputs), f"{length} elements, {more} more")
+        torch.cuda.synchronize()
+        dist.barrier(rank.group)
+        caller.close()
+
+
+def late_close(rank: Rank) -> None:
+    """Rank 0 closes while the others are open: what they may write to stays until they have closed.
+
+    Here they make one more call, which writes to it.
+    """
+    communicator = open_communicator(rank)
+    buffers = communicator._memory._buffers
+    own = torch.ones(1000, device=rank.device)
+    communicator.all_reduce(own)
+    torch.cuda.synchronize()
+    dist.barrier(rank.group)
+    if rank.rank == 0:
+        begin = time.monotonic()
+        communicator.close()
+        assert time.monotonic() - begin < 2
+        assert buffers._own is not None
+    dist.barrier(rank.group)
+    if rank.rank != 0:
+        out = communicator.all_reduce(own)
+        torch.cuda.synchronize()
+        assert out.isnan().all()
+        with pytest.raises(RuntimeError, match="rank 0 had closed|gave up"):
+            communicator.check()
+    dist.barrier(rank.group)
+    communicator.close()
+    if rank.rank == 0:
+        assert buffers._own is not None
+    dist.barrier(rank.group)
+    communicator.close()
+    assert buffers._own is None
+
+
+def close_in_any_order(rank: Rank) -> float:
+    """Two communicators, closed in another order on odd ranks; how long that took."""
+    communicators = [open_communicator(rank) for _ in range(2)]
+    own = torch.ones(1000, device=rank.device)
+    for communicator in communicators:
+        communicator.all_reduce(own)
+    torch.cuda.synchronize()
+    dist.barrier(rank.group)
+    begin = time.monotonic()
+    for communicator in communicators if rank.rank % 2 == 0 else reversed(communicators):
+        communicator.close()
+    seconds = time.monotonic() - begin
+    dist.barrier(rank.group)
+    communicators[0].close()
+    return seconds
+
+
+def failure_at_the_end(rank: Rank, absent: int, timeout: float) -> list[tuple[str, str]]:
+    """The last call before close() fails: what is logged."""
+    with logged("custom_ar") as lines:
+        communicator = open_communicator(rank, timeout=timeout)
+        own = torch.ones(1000, device=rank.device)
+        communicator.all_reduce(own)
+        torch.cuda.synchronize()
+        lines.clear()  # of ranks that share a GPU
+        dist.barrier(rank.group)
+        if rank.rank != absent:
+            communicator.all_reduce(own)
+            communicator.close()
+            assert communicator.missing_ranks == [absent]
+        dist.barrier(rank.group)
+        communicator.close()
+        return list(lines)
+
+
+def out_of_memory(rank: Rank) -> None:
+    """A result that finds no room raises before anything is sent, on each rank that lacks it."""
+    own = torch.ones(16 << 20, device=rank.device)
+    with open_communicator(rank, max_size=own.nbytes) as communicator:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(rank.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        try:
+            with pytest.raises(
+                torch.OutOfMemoryError,
+                match=r"^custom_ar::all_reduce: cannot allocate the result, 67108864 bytes on cuda",
+            ):
+                communicator.all_reduce(own)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert (communicator.all_reduce(own) == rank.world_size).all()
+        communicator.check()
+
+
     ops = torch.ops.custom_ar
     fa, out = caller.fa, torch.zeros_like(own)
     torch.library.opcheck(ops.all_reduce.default, (fa, own, out, 0, 0))

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import custom_ar
 import peer_group_workers
@@ -400,6 +401,20 @@ def kernels(rank: Rank) -> list[tuple[str, str]]:
         assert lines == log
         check_closed(communicator)
     return log
+
+
+def out_of_memory(rank: Rank) -> list[tuple[str, str]]:
+    """What is raised where the operators raise that memory is lacking, and something else."""
+    errors = []
+    with stand_in(rank) as ops:
+        communicator = custom_ar.Communicator(rank.group, rank.device)
+        for text in ("cannot allocate the result, 12 bytes on cuda:0", "something else"):
+            error = RuntimeError(f"custom_ar::all_reduce: {text}")
+            with mock.patch.object(module, "_try_all_reduce_new", side_effect=error):
+                errors.append(error_of(communicator.all_reduce, torch.ones(3)))
+        peer_group_workers.closed(rank, communicator)
+        assert ops.holds_nothing()
+    return errors
 
 
 def forgotten(rank: Rank) -> list[str]:

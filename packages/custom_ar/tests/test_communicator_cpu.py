@@ -269,21 +269,40 @@ def test_setting_up_fails_on_one_rank(three: Run, failing: str, failing_rank: in
     assert_one_line(results, f"rank {failing_rank} could not {STEPS[failing]}")
 
 
-def test_closing_waits_in_bounds(two: Run) -> None:
-    for rank, result in enumerate(two(shared.closing, workers.Kind, 0.5)):
-        assert 0.5 <= result["open"] < 5
-        assert result["open lines"] == [
-            (
-                "WARNING",
-                f"custom_ar: rank {rank} of 2: closed without rank {1 - rank}, which did not close "
-                "in time",
-            )
-        ]
-        assert result["missing"] < 0.5
-        assert result["missing lines"] == []
-        assert result["failed lines"] == [
-            ("WARNING", f"custom_ar: rank {rank}: close: _announce_close failed\nand more lines")
-        ]
+def test_closing_waits_for_no_peer(two: Run) -> None:
+    two(shared.closing, workers.Kind)
+
+
+def test_closing_fails_on_one_rank(two: Run) -> None:
+    text = "custom_ar: rank 1: close: _announce_close failed\nand more lines"
+    good, bad = two(shared.closing_with_failures, workers.Kind)
+    assert good == [[], [], []]
+    assert bad == [[("WARNING", text)], [], []]
+
+
+def test_closing_reports_a_failure(two: Run) -> None:
+    for rank, logs in enumerate(two(shared.closing_after_a_failure, workers.Kind)):
+        text = f"custom_ar: rank {rank}: close: a call has failed"
+        assert logs == [[("WARNING", text)], []]
+
+
+def test_ranks_that_share_a_gpu(three: Run) -> None:
+    """Said once, by one rank."""
+    logs = three(shared.sharing_gpus, workers.Kind, ["u", "v", "u"])
+    text = "custom_ar: ranks 0, 2 share a GPU, GPU u, on which they take turns"
+    assert logs == [[("WARNING", text)], [], []]
+    assert three(shared.sharing_gpus, workers.Kind, ["u", "v", "w"]) == [[], [], []]
+
+
+def test_out_of_memory(two: Run) -> None:
+    expected = [
+        (
+            "OutOfMemoryError",
+            "custom_ar::all_reduce: cannot allocate the result, 12 bytes on cuda:0",
+        ),
+        ("RuntimeError", "custom_ar::all_reduce: something else"),
+    ]
+    assert two(workers.out_of_memory) == [expected] * 2
 
 
 def test_dropped_without_closing(two: Run) -> None:

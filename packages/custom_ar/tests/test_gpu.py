@@ -840,6 +840,42 @@ def test_handle_on_the_gpu_is_refused() -> None:
 
 
 def test_shared_memory_is_zeroed_and_freed_once() -> None:
+def test_shared_memory_is_of_whole_blocks() -> None:
+    """A peer that maps it gets nothing else, since no other allocation is in the same block."""
+    ops = torch.ops.custom_ar
+    pointers = [ops.allocate_shared_buffer_and_handle(1)[0] for _ in range(4)]
+    assert all(pointer % SHARED_GRANULARITY == 0 for pointer in pointers)
+    for pointer in pointers:
+        ops.free_shared_buffer(pointer)
+
+
+def test_memory_that_cannot_be_had() -> None:
+    message = "custom_ar::allocate_shared_buffer_and_handle: cannot allocate .* out of memory"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        custom_ar.ops.allocate_shared_buffer_and_handle(1 << 50)
+    assert torch.ones(3, device="cuda").sum() == 3
+
+
+@pytest.mark.parametrize("tuning", [None, (1, 3, 96, 2)], ids=str)
+def test_buffers_of_different_sizes(
+    generator: torch.Generator, tuning: tuple[int, ...] | None
+) -> None:
+    """The smallest decides what passes in one piece."""
+    with LocalRanks(3, max_size=1024) as ranks:
+        for fa in ranks.fas:
+            ranks.ops.dispose(fa)
+        # Rank 1 has more in front of what is there.
+        ranks.buffers[1] -= 8192
+        rank_data = torch.empty(8, dtype=torch.uint8, device="cuda")
+        for rank in range(3):
+            ranks.fas[rank] = ranks.ops.init_custom_ar(ranks.buffers, rank_data, rank, True)
+            ranks.ops._set_timeout(ranks.fas[rank], 20.0)
+        for length in (5, 512, 8000):
+            for _ in range(2):  # in either slot
+                check(ranks, random_inputs(3, length, torch.bfloat16, generator), tuning)
+        assert not any(ranks.failures())
+
+
     ops = torch.ops.custom_ar
     num_bytes = 1 << 20
 

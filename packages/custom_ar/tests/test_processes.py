@@ -44,6 +44,34 @@ def test_existing_caller(run_pair: Run, seed: int) -> None:
 
 
 def test_operator_checks(run_pair: Run, seed: int) -> None:
+def test_buffers_of_different_sizes(run_pair: Run, seed: int) -> None:
+    run_pair(workers.buffers_of_different_sizes, seed)
+
+
+def test_late_close(run_pair: Run) -> None:
+    run_pair(workers.late_close)
+
+
+def test_closing_in_any_order(run_pair: Run) -> None:
+    for seconds in run_pair(workers.close_in_any_order):
+        assert seconds < 2
+
+
+def test_failure_at_the_end(run_pair: Run) -> None:
+    present, absent = run_pair(workers.failure_at_the_end, 1, 2.0)
+    [(level, text)] = present
+    assert level == "WARNING"
+    assert re.match(
+        r"custom_ar: rank 0: close: custom_ar::all_reduce: rank 1 did not take part in call \d+",
+        text,
+    )
+    assert absent == []
+
+
+def test_out_of_memory(run_pair: Run) -> None:
+    run_pair(workers.out_of_memory)
+
+
     run_pair(workers.operator_checks, seed)
 
 

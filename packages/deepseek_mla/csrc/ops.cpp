@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "fused_insert.h"
+#include "stable_common/allocate.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/device_properties.h"
 #include "stable_common/stream.h"
@@ -373,11 +374,11 @@ Tensor allocate_rows(const char* op, int64_t num_tokens, int64_t num_heads, cons
       aoti_torch_empty_strided(3, sizes, strides, dtype, q.device().type, q.device().index,
                                &handle) == AOTI_TORCH_SUCCESS;
   constexpr double kBytesPerGiB = 1 << 30;
-  check(is_allocated, op, "cannot allocate the result, [", num_tokens, ", ", num_heads, ", ",
-        kHeadDim, "] ", stable_common::dtype_name(q.dtype()), " (",
-        static_cast<double>(num_tokens) * num_heads * kHeadDim * 2 / kBytesPerGiB, " GiB) on ",
-        q.device(), "; the .out overload writes to memory of the caller's");
-  return Tensor(handle);
+  return stable_common::allocate_tensor(
+      op, 3, sizes, strides, dtype, q.device(), "the result, [", num_tokens, ", ", num_heads, ", ",
+      kHeadDim, "] ", stable_common::dtype_name(q.dtype()), " (",
+      static_cast<double>(num_tokens) * num_heads * kHeadDim * 2 / kBytesPerGiB, " GiB) on ",
+      q.device(), "; the .out overload writes to memory of the caller's");
 }
 
 }  // namespace

@@ -353,6 +353,24 @@ def test_out_allocates_nothing(generator: torch.Generator, num_tokens: int) -> N
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
 
 
+def test_result_that_cannot_be_allocated(generator: torch.Generator) -> None:
+    call = make_call(mla_calls.QUANT_INSERT, generator, num_heads=16, q_head_padded=4096)
+    cache = call.args["k_cache"].clone()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        with pytest.raises(
+            torch.OutOfMemoryError,
+            match=rf"^deepseek_mla::{mla_calls.QUANT_INSERT}: cannot allocate the result, .* on cuda",
+        ):
+            call.run(deepseek_mla)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(call.args["k_cache"], cache)
+
+
 @pytest.mark.parametrize("variant", ["padded", "out", "kv_rope_fp8", "kv_norm", "full_fp8"])
 def test_compile(generator: torch.Generator, variant: str) -> None:
     torch.compiler.reset()

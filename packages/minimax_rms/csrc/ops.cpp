@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "rms_norm.h"
+#include "stable_common/allocate.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/dtype.h"
 #include "stable_common/large_calls.h"
@@ -163,14 +164,9 @@ Tensor allocate_rows(const Call& call, int64_t num_vectors) {
   const int64_t width = num_vectors * kVectorBytes / element_bytes(call.type);
   const int64_t sizes[] = {call.params.num_tokens, width};
   const int64_t strides[] = {width, 1};
-  AtenTensorHandle handle = nullptr;
-  // The shim answers with a code and no reason, and memory is what can be lacking here.
-  const bool is_allocated =
-      aoti_torch_empty_strided(2, sizes, strides, call.dtype, call.device.type, call.device.index,
-                               &handle) == AOTI_TORCH_SUCCESS;
-  check(is_allocated, call.op, "cannot allocate a result of [", sizes[0], ", ", sizes[1], "] on ",
-        call.device);
-  return Tensor(handle);
+  return stable_common::allocate_tensor(call.op, 2, sizes, strides, call.dtype, call.device,
+                                        "a result of [", sizes[0], ", ", sizes[1], "] on ",
+                                        call.device);
 }
 
 stable_common::DeviceProperties properties_of(const Call& call) {
@@ -336,7 +332,7 @@ std::tuple<int64_t, Tensor> allocate(int64_t num_bytes) {
   const CurrentDevice current(current_device_index());
   cudaIpcMemHandle_t handle = {};
   void* address =
-      stable_common::allocate_shared(num_bytes, static_cast<uint32_t>(kEmptyWord), &handle);
+      stable_common::allocate_shared(kOp, num_bytes, static_cast<uint32_t>(kEmptyWord), &handle);
   return {reinterpret_cast<int64_t>(address), stable_common::handle_tensor(handle)};
 }
 

@@ -24,7 +24,7 @@ from minimax_arithmetic import (
 from minimax_cases import EPS, Problem, m2_widths, make_problem
 from minimax_local_ranks import POISON
 from rank_processes import Rank, die_in, left_behind
-from rank_reports import error_of
+from rank_reports import error_of, logged
 from torch import Tensor
 
 TIMEOUT = 30.0
@@ -261,6 +261,90 @@ def open_and_close(rank: Rank, rounds: int) -> dict[str, int]:
 
 def late_rank(rank: Rank, seed: int, late: int, seconds: float) -> float:
     """One rank comes late, within the timeout; returns what the call took."""
+def late_close(rank: Rank) -> None:
+    """Rank 0 closes while the others are open: what they may write to stays until they have closed.
+
+    Here they make one more call, which writes to it.
+    """
+    workspace = open_workspace(rank, max_tokens=5)
+    buffers = workspace._memory._buffers
+    x = torch.ones(5, 64, device=rank.device)
+    weight = torch.ones(64, device=rank.device)
+    workspace.allreduce_rms(x, weight)
+    torch.cuda.synchronize()
+    dist.barrier(rank.group)
+    if rank.rank == 0:
+        begin = time.monotonic()
+        workspace.close()
+        assert time.monotonic() - begin < 2
+        assert buffers._own is not None
+    dist.barrier(rank.group)
+    if rank.rank != 0:
+        out = workspace.allreduce_rms(x, weight)
+        torch.cuda.synchronize()
+        assert out.isnan().all()
+        kind, text = error_of(workspace.check)
+        assert kind == "RuntimeError"
+        assert "rank 0 had closed" in text or "gave up" in text
+    dist.barrier(rank.group)
+    workspace.close()
+    if rank.rank == 0:
+        assert buffers._own is not None
+    dist.barrier(rank.group)
+    workspace.close()
+    assert buffers._own is None
+
+
+def failure_at_the_end(rank: Rank, absent: int, timeout: float) -> list[tuple[str, str]]:
+    """The last call before close() fails: what is logged."""
+    with logged("minimax_rms") as lines:
+        workspace = open_workspace(rank, max_tokens=5, timeout=timeout)
+        x = torch.ones(5, 64, device=rank.device)
+        weight = torch.ones(64, device=rank.device)
+        workspace.allreduce_rms(x, weight)
+        torch.cuda.synchronize()
+        lines.clear()  # of ranks that share a GPU
+        dist.barrier(rank.group)
+        if rank.rank != absent:
+            workspace.allreduce_rms(x, weight)
+            workspace.close()
+            assert workspace.missing_ranks == [absent]
+        dist.barrier(rank.group)
+        workspace.close()
+        return list(lines)
+
+
+def out_of_memory(rank: Rank) -> None:
+    """A result that finds no room raises before anything is sent, on each rank that lacks it."""
+    x = torch.ones(16, 1 << 20, device=rank.device)
+    weight = torch.ones(1 << 20, device=rank.device)
+    with open_workspace(rank) as workspace:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(rank.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        try:
+            for begin, result in (
+                ("minimax_allreduce_rms", lambda: workspace.allreduce_rms(x, weight)),
+                (
+                    "minimax_allreduce_rms",
+                    lambda: minimax_rms.ops.minimax_allreduce_rms(
+                        x, weight, workspace.tensor, rank.rank, rank.world_size, EPS
+                    ),
+                ),
+                (
+                    "minimax_allreduce_rms_qk",
+                    lambda: workspace.allreduce_rms_qk(x, weight[: 1 << 19], weight[: 1 << 18]),
+                ),
+            ):
+                kind, text = error_of(result)
+                assert kind == "OutOfMemoryError"
+                assert text.startswith(f"minimax_rms::{begin}: cannot allocate a result of [16, ")
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert workspace.allreduce_rms(x, weight, 0.0).sub(1).abs().max() < 1e-5
+        workspace.check()
+
+
     generator = generator_of(rank, seed)
     problem = make_problem(rank.world_size, 9, (256, 64), torch.bfloat16, generator)
     with open_workspace(rank) as workspace:

@@ -438,6 +438,36 @@ def kernels(rank: Rank, max_tokens: int) -> None:
         frees = ["_free"] * rank.world_size
         assert ops.calls == ["_announce_close", "_open_peers", "_forget", *frees]
         assert lines == []
+def out_of_memory(rank: Rank) -> None:
+    """What is raised where the operators raise that memory is lacking, and something else."""
+    x, w = torch.ones(3, 16), torch.ones(8)
+    with stand_in(rank) as ops:
+        workspace = minimax_rms.Workspace(rank.group, MAX_TOKENS, rank.device)
+        for text, kind in (
+            ("minimax_rms::op: cannot allocate a result of [3, 16] on cuda:0", "OutOfMemoryError"),
+            ("minimax_rms::op: something else", "RuntimeError"),
+        ):
+            failing = mock.Mock(side_effect=RuntimeError(text))
+            with (
+                mock.patch.multiple(module, _rms=failing, _rms_qk=failing),
+                mock.patch.multiple(
+                    minimax_rms.ops, _allreduce_rms=failing, _allreduce_rms_qk=failing
+                ),
+            ):
+                tensor = workspace.tensor
+                for call in (
+                    lambda: workspace.allreduce_rms(x, torch.ones(16)),
+                    lambda: workspace.allreduce_rms_qk(x, w, w[:4]),
+                    lambda: minimax_rms.ops.minimax_allreduce_rms(x, w, tensor, 0, 2, EPS),
+                    lambda: minimax_rms.ops.minimax_allreduce_rms_qk(
+                        x, w, w[:4], tensor, 8, 4, 0, 2, EPS
+                    ),
+                ):
+                    assert error_of(call) == (kind, text)
+        peer_group_workers.closed(rank, workspace)
+        assert ops.holds_nothing()
+
+
         check_closed(workspace)
 
 

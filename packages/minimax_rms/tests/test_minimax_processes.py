@@ -45,6 +45,25 @@ def test_existing_caller(run_pair: Run, seed: int) -> None:
     run_pair(workers.existing_caller, seed)
 
 
+def test_late_close(run_pair: Run) -> None:
+    run_pair(workers.late_close)
+
+
+def test_failure_at_the_end(run_pair: Run) -> None:
+    present, absent = run_pair(workers.failure_at_the_end, 1, 2.0)
+    [(level, text)] = present
+    assert level == "WARNING"
+    assert re.match(
+        r"minimax_rms: rank 0: close: minimax_rms::check: rank 1 did not take part in call \d+",
+        text,
+    )
+    assert absent == []
+
+
+def test_out_of_memory(run_pair: Run) -> None:
+    run_pair(workers.out_of_memory)
+
+
 def test_compile(run_pair: Run, seed: int) -> None:
     run_pair(workers.compiled, seed)
 

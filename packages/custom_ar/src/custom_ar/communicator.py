@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 
 from . import __version__ as _VERSION
 from ._library import registrations
+from ._out_of_memory import raise_out_of_memory
 from ._peer_group import (
     PROBE_SECONDS,
     PeerBuffers,
@@ -173,6 +174,7 @@ class Communicator:
         """
         if is_compiling():
             result: Tensor = torch.ops.custom_ar.functional_all_reduce(x, self._id)
+            torch.OutOfMemoryError: the result cannot be allocated.
             return result if out is None else out.copy_(result)
         return self._all_reduce(x, out)
 
@@ -279,7 +281,11 @@ class Communicator:
         # C++ decides whether the kernels take `x`: to ask here would take as long as the call.
         if self._fa is not None:
             if out is None:
-                result: Tensor | None = _try_all_reduce_new(self._fa, x, self.max_size)
+                try:
+                    result: Tensor | None = _try_all_reduce_new(self._fa, x, self.max_size)
+                except RuntimeError as error:
+                    raise_out_of_memory(error)
+                    raise
                 if result is not None:
                     return result
             elif _try_all_reduce(self._fa, x, out, self.max_size):

@@ -28,6 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._out_of_memory import raise_out_of_memory
+
 _namespace = torch.ops.custom_ar
 _all_reduce = _namespace.all_reduce.default
 
@@ -174,11 +176,17 @@ def allocate_shared_buffer_and_handle(size: int) -> tuple[int, Tensor]:
         The address, and the handle: 64 bytes as a uint8 CPU tensor.
 
     Raises:
-        RuntimeError: ``size`` is not positive, or the memory cannot be had.
+        RuntimeError: ``size`` is not positive, or the memory cannot be shared.
+        torch.OutOfMemoryError: there is not as much. (``RuntimeError`` with the same text from the
+            operator itself.)
 
     Source: vLLM ``allocate_shared_buffer_and_handle``.
     """
-    address, handle = _namespace.allocate_shared_buffer_and_handle(size)
+    try:
+        address, handle = _namespace.allocate_shared_buffer_and_handle(size)
+    except RuntimeError as error:
+        raise_out_of_memory(error)
+        raise
     return address, handle
 
 

@@ -33,6 +33,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._out_of_memory import raise_out_of_memory
+
 _namespace = torch.ops.deepseek_mla
 _quant_insert = _namespace.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert.default
 _quant_insert_out = _namespace.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert.out
@@ -95,6 +97,8 @@ def fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(
     Raises:
         RuntimeError: device, dtype, shape, stride, alignment or size of an argument is not as
             above.
+        torch.OutOfMemoryError: the result cannot be allocated. (``RuntimeError`` with the same text
+            from the operator itself, which is what a compiled graph calls.)
 
     Source: vLLM ``fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert``.
     """
@@ -117,18 +121,22 @@ def fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert(
             q_out=q_out,
         )
         return q_out
-    result: Tensor = _quant_insert(
-        q_in,
-        kv,
-        k_cache,
-        slot_mapping,
-        position_ids,
-        cos_sin_cache,
-        q_head_padded,
-        eps,
-        cache_block_size,
-        *flags,
-    )
+    try:
+        result: Tensor = _quant_insert(
+            q_in,
+            kv,
+            k_cache,
+            slot_mapping,
+            position_ids,
+            cos_sin_cache,
+            q_head_padded,
+            eps,
+            cache_block_size,
+            *flags,
+        )
+    except RuntimeError as error:
+        raise_out_of_memory(error)
+        raise
     return result
 
 

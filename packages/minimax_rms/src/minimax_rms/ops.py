@@ -35,12 +35,16 @@ makes NaNs of what that call has not written yet and of the outputs of all later
 ``RuntimeError`` at the next call. So does a call of more tokens than the workspace has room for,
 which exchanges nothing; with a workspace of :class:`minimax_rms.Workspace` it raises at once. What
 a call waits is bounded, by ``MINIMAX_RMS_TIMEOUT`` seconds (environment variable), 30 by default.
+A result that cannot be allocated raises ``torch.OutOfMemoryError``, before anything is launched;
+the operators themselves, under ``torch.ops``, raise ``RuntimeError`` with the same text.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._out_of_memory import raise_out_of_memory
 
 _allreduce_rms = torch.ops.minimax_rms.minimax_allreduce_rms.default
 _allreduce_rms_qk = torch.ops.minimax_rms.minimax_allreduce_rms_qk.default
@@ -72,7 +76,11 @@ def minimax_allreduce_rms(
 
     Source: vLLM ``minimax_allreduce_rms``.
     """
-    result: Tensor = _allreduce_rms(input, norm_weight, workspace, rank, nranks, eps)
+    try:
+        result: Tensor = _allreduce_rms(input, norm_weight, workspace, rank, nranks, eps)
+    except RuntimeError as error:
+        raise_out_of_memory(error)
+        raise
     return result
 
 
@@ -113,7 +121,11 @@ def minimax_allreduce_rms_qk(
 
     Source: vLLM ``minimax_allreduce_rms_qk``.
     """
-    q, k = _allreduce_rms_qk(
-        qkv, norm_weight_q, norm_weight_k, workspace, q_size, kv_size, rank, nranks, eps
-    )
+    try:
+        q, k = _allreduce_rms_qk(
+            qkv, norm_weight_q, norm_weight_k, workspace, q_size, kv_size, rank, nranks, eps
+        )
+    except RuntimeError as error:
+        raise_out_of_memory(error)
+        raise
     return q, k

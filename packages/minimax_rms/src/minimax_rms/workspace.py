@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from . import __version__ as _VERSION
 from . import reference
 from ._library import registrations
+from ._out_of_memory import raise_out_of_memory
 from ._peer_group import (
     PROBE_SECONDS,
     PeerBuffers,
@@ -168,10 +169,15 @@ class Workspace:
         """
         result: Tensor
         if is_compiling():
+            torch.OutOfMemoryError: a result cannot be allocated.
             result = torch.ops.minimax_rms.functional_allreduce_rms(x, weight, eps, self._id)
             return result
         if self._workspace is not None:
-            result = _rms(x, weight, self._workspace, self.rank, self.nranks, eps)
+            try:
+                result = _rms(x, weight, self._workspace, self.rank, self.nranks, eps)
+            except RuntimeError as error:
+                raise_out_of_memory(error)
+                raise
             return result
         return self._allreduce_rms_otherwise(x, weight, eps)
 
@@ -201,21 +207,26 @@ class Workspace:
         """
         if is_compiling():
             q, k = torch.ops.minimax_rms.functional_allreduce_rms_qk(
+            torch.OutOfMemoryError: a result cannot be allocated.
                 qkv, weight_q, weight_k, eps, self._id
             )
             return q, k
         if self._workspace is not None:
-            q, k = _rms_qk(
-                qkv,
-                weight_q,
-                weight_k,
-                self._workspace,
-                weight_q.numel(),
-                weight_k.numel(),
-                self.rank,
-                self.nranks,
-                eps,
-            )
+            try:
+                q, k = _rms_qk(
+                    qkv,
+                    weight_q,
+                    weight_k,
+                    self._workspace,
+                    weight_q.numel(),
+                    weight_k.numel(),
+                    self.rank,
+                    self.nranks,
+                    eps,
+                )
+            except RuntimeError as error:
+                raise_out_of_memory(error)
+                raise
             return q, k
         return self._allreduce_rms_qk_otherwise(qkv, weight_q, weight_k, eps)
 

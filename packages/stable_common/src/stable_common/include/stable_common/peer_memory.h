@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "stable_common/allocate.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/driver_api.h"
 #include "stable_common/tensor_check.h"
@@ -32,10 +33,18 @@ struct PeerMemoryRegistry {
 };
 
 // Memory on the current device, each 32-bit word of it `fill`, and the handle by which another
-// process maps it. `num_bytes` is a multiple of 4 unless `fill` is zero.
-inline void* allocate_shared(int64_t num_bytes, uint32_t fill, cudaIpcMemHandle_t* handle) {
+// process maps it. At least `num_bytes`, rounded up to kSharedGranularity: shared_bytes() has the
+// size, and has the same for whoever maps it.
+inline void* allocate_shared(const char* op, int64_t num_bytes, uint32_t fill,
+                             cudaIpcMemHandle_t* handle) {
+  check_allocated(num_bytes <= INT64_MAX - kSharedGranularity, op, num_bytes, " bytes");
+  num_bytes = (num_bytes + kSharedGranularity - 1) / kSharedGranularity * kSharedGranularity;
   void* address = nullptr;
-  STABLE_CUDA_CHECK(cudaMalloc(&address, static_cast<size_t>(num_bytes)));
+  const cudaError_t error = cudaMalloc(&address, static_cast<size_t>(num_bytes));
+  if (error == cudaErrorMemoryAllocation) (void)cudaGetLastError();
+  check_allocated(error != cudaErrorMemoryAllocation, op, num_bytes,
+                  " bytes for peers to map: CUDA error: out of memory");
+  STABLE_CUDA_CHECK(error);
   try {
     if (fill == 0) {
       STABLE_CUDA_CHECK(cudaMemset(address, 0, static_cast<size_t>(num_bytes)));
