@@ -49,16 +49,17 @@ Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank,
     const stable_common::RelaxedCapture relaxed;
     STABLE_CUDA_CHECK(load_all_reduce_kernels(world_size()));
   }
-  const int64_t own_bytes = stable_common::shared_bytes(op, buffers_[rank]);
-  slot_bytes_ = (own_bytes - kHeaderBytes) / kNumSlots / kVectorBytes * kVectorBytes;
-  // A piece must hold a vector of each rank's.
-  check(slot_bytes_ >= 2 * kMaxWorldSize * kVectorBytes, op, "ipc_tensors[", rank,
-        "] must be a buffer of at least meta_size() bytes, got ", own_bytes);
+  // The smallest buffer decides, so that all ranks have slots of one size: each sees the same sizes.
+  int64_t buffer_bytes = INT64_MAX;
   for (int r = 0; r < world_size(); ++r) {
     const int64_t bytes = stable_common::shared_bytes(op, buffers_[r]);
-    check(bytes >= kHeaderBytes + kNumSlots * slot_bytes_, op, "ipc_tensors[", r,
-          "] must be a buffer as large as this rank's, ", own_bytes, " bytes, got ", bytes);
+    // A piece must hold a vector of each rank's.
+    constexpr int64_t kMinSlotBytes = 2 * kMaxWorldSize * kVectorBytes;
+    check(bytes >= kHeaderBytes + kNumSlots * kMinSlotBytes, op, "ipc_tensors[", r,
+          "] must be a buffer of at least meta_size() bytes, got ", bytes);
+    buffer_bytes = std::min(buffer_bytes, bytes);
   }
+  slot_bytes_ = (buffer_bytes - kHeaderBytes) / kNumSlots / kVectorBytes * kVectorBytes;
   // Ranks of one process are for the caller to order: they wait for each other.
   has_other_processes_ = std::any_of(buffers_.begin(), buffers_.end(), [](void* buffer) {
     return !stable_common::is_allocated_here(buffer);

@@ -140,11 +140,12 @@ def compiled(rank: Rank, seed: int) -> None:
 class ExistingCaller:
     """Drives the operators in the order of a caller that has its own communicator class."""
 
-    def __init__(self, rank: Rank, max_size: int) -> None:
+    def __init__(self, rank: Rank, max_size: int, more: int = 0) -> None:
+        """``more``: bytes of the own buffer that only this rank has."""
         self.ops = torch.ops.custom_ar
         self.rank = rank
         self.max_size = max_size
-        self.metas = self.share(self.ops.meta_size() + max_size)
+        self.metas = self.share(self.ops.meta_size() + max_size + more)
         self.buffers = self.share(max_size)
         rank_data = torch.empty(8 << 20, dtype=torch.uint8, device=rank.device)
         self.fa = self.ops.init_custom_ar(self.metas, rank_data, rank.rank, True)

@@ -9,6 +9,8 @@ import torch
 from rank_streams import RankStreams
 from torch import Tensor
 
+SHARED_GRANULARITY = 2 << 20  # of allocations that can be shared
+
 
 class LocalRanks(RankStreams):
     """A communicator for each rank.
@@ -34,9 +36,13 @@ class LocalRanks(RankStreams):
         self.ops = torch.ops.custom_ar
         if buffer_bytes is None:
             buffer_bytes = self.ops._buffer_size(world_size, max_size)
-        self.buffers = [
+        self.allocations = [
             self.ops.allocate_shared_buffer_and_handle(buffer_bytes)[0] for _ in range(world_size)
         ]
+        # Of an allocation, which is rounded up, the buffer is the last `buffer_bytes`.
+        unused = -buffer_bytes % SHARED_GRANULARITY
+        assert unused % 16 == 0
+        self.buffers = [address + unused for address in self.allocations]
         rank_data = torch.empty(8, dtype=torch.uint8, device=self.device)
         self.fas = [
             self.ops.init_custom_ar(self.buffers, rank_data, rank, True)
@@ -94,9 +100,9 @@ class LocalRanks(RankStreams):
             self.ops._announce_close(fa)
         for fa in self.fas:
             self.ops.dispose(fa)
-        for pointer in self.buffers:
+        for pointer in self.allocations:
             self.ops.free_shared_buffer(pointer)
-        self.fas, self.buffers = [], []
+        self.fas, self.allocations, self.buffers = [], [], []
 
     def __enter__(self) -> LocalRanks:
         return self

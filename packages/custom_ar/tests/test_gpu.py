@@ -30,7 +30,7 @@ from all_reduce_cases import (
     special_words,
 )
 from custom_ar import reference
-from local_ranks import LocalRanks
+from local_ranks import SHARED_GRANULARITY, LocalRanks
 from torch import Tensor
 
 pytestmark = [
@@ -876,6 +876,7 @@ def test_buffers_of_different_sizes(
         assert not any(ranks.failures())
 
 
+def test_shared_memory_is_zeroed_and_freed_once() -> None:
     ops = torch.ops.custom_ar
     num_bytes = 1 << 20
 
@@ -1053,7 +1054,7 @@ def words_of(ranks: LocalRanks, rank: int, num_bytes: int) -> Tensor:
 def test_call_after_a_failed_one_sends_nothing(generator: torch.Generator, algorithm: int) -> None:
     """It had begun before that one failed. A peer may still be in the call before both."""
     length, tuning = 64, (algorithm, 1, 64, 1)
-    buffer_bytes = HEADER_BYTES + (1 << 16)
+    buffer_bytes = 2 << 20  # in which memory is shared
     slot_bytes = (buffer_bytes - HEADER_BYTES) // 2
     inputs = random_inputs(3, length, torch.bfloat16, generator)
     outputs = [torch.zeros_like(inputs[0]) for _ in range(2)]

@@ -41,8 +41,8 @@ def init_custom_ar(
 
     Args:
         ipc_tensors: the address of each rank's buffer as this process maps it, 2 to 8 of them, the
-            own one at ``rank``; zeroed, and of the same size on all ranks. A buffer larger than
-            ``meta_size()`` lets larger messages pass in one piece.
+            own one at ``rank``; zeroed. A buffer larger than ``meta_size()`` lets larger messages
+            pass in one piece; where ranks differ, the smallest counts.
         rank_data: any CUDA tensor; its device is the one the communicator works on. Compute
             capability 8.0 or later.
         rank: of this process, in ``[0, len(ipc_tensors))``.
@@ -170,7 +170,7 @@ def allocate_shared_buffer_and_handle(size: int) -> tuple[int, Tensor]:
     """Allocate zeroed memory on the current CUDA device that other processes can map.
 
     Args:
-        size: bytes, at least 1.
+        size: bytes, at least 1; rounded up to 2 MiB.
 
     Returns:
         The address, and the handle: 64 bytes as a uint8 CPU tensor.

@@ -32,6 +32,10 @@ struct PeerMemoryRegistry {
   }
 };
 
+// What the driver maps for another process, at least: a smaller allocation is part of such a block,
+// and its handle would let the peer write to all of it.
+constexpr int64_t kSharedGranularity = int64_t{2} << 20;
+
 // Memory on the current device, each 32-bit word of it `fill`, and the handle by which another
 // process maps it. At least `num_bytes`, rounded up to kSharedGranularity: shared_bytes() has the
 // size, and has the same for whoever maps it.
@@ -90,7 +94,8 @@ inline void close_if_opened(void* address) {
 }
 
 // Frees what allocate_shared() returned, or closes what open_shared() did. `expected` says where
-// the argument `name` of the op must come from.
+// the argument `name` of the op must come from. CUDA allows an allocation to be freed only once no
+// process maps it any more: that is for the caller to know.
 inline void free_shared(const char* op, const char* name, const char* expected, void* address) {
   bool is_owned = false;
   {
@@ -117,11 +122,11 @@ inline bool is_allocated_here(void* address) {
   return found != registry.entries.end() && found->second.num_owned_bytes != 0;
 }
 
-// The bytes of what allocate_shared() returned; of anything else, those from `address` to the end
-// of its allocation.
+// The bytes from `address` to the end of its allocation: of what allocate_shared() returned, the
+// same in the process that allocated it and in those that map it.
 inline int64_t shared_bytes(const char* op, void* address) {
   {
-    // Asked first, since the driver may have allocated more than it was asked for.
+    // Asked first: the driver need not be.
     PeerMemoryRegistry& registry = PeerMemoryRegistry::instance();
     const std::lock_guard lock(registry.mutex);
     const auto found = registry.entries.find(address);
