@@ -42,9 +42,9 @@ class StandIn:
         self.own: set[int] = set()
         self.opened: set[int] = set()
         self.timeouts: list[float] = []
-        self.open_peers: list[int] = []
         self.missing: list[int] = []
         self.failure: str | None = None
+        self.is_raised = False
         self._addresses = itertools.count(1000 * (rank.rank + 1))
 
     def enter(self, name: str) -> None:
@@ -74,7 +74,13 @@ class StandIn:
     def check(self) -> None:
         """Raise if a call has failed."""
         if self.failure is not None:
+            self.is_raised = True
             raise RuntimeError(self.failure)
+
+    def check_unraised(self) -> None:
+        """Raise if a call has failed and check() has not raised it."""
+        if not self.is_raised:
+            self.check()
 
     def holds_nothing(self) -> bool:
         """Whether all memory was given back."""
@@ -192,37 +198,115 @@ def timeouts(rank: Rank, kind: type[Kind]) -> list[float]:
     return [each.timeout for each in (given, named, neither)]
 
 
-def closing(rank: Rank, kind: type[Kind], timeout: float) -> dict[str, Any]:
-    """Peers that stay open are waited for, in bounds; missing ranks are not."""
-    result: dict[str, Any] = {}
-    package = kind.owner.__module__.partition(".")[0]
-    with kind.stand_in(rank) as ops, logged(package) as lines:
+def closed(rank: Rank, owner: Any) -> float:
+    """Close this rank's owner, and then once more when all have; how long it took at first."""
+    begin = time.monotonic()
+    owner.close()
+    seconds = time.monotonic() - begin
+    assert owner.closed
+    dist.barrier(rank.group)
+    owner.close()
+    return seconds
 
-        def close() -> float:
-            owner = kind.make(rank, timeout=timeout)
-            ops.open_peers = [1 - rank.rank]
-            begin = time.monotonic()
+
+def closing(rank: Rank, kind: type[Kind]) -> None:
+    """No rank waits for another, and no buffer is freed that a peer may write to."""
+    is_first = rank.rank == 0
+    with kind.stand_in(rank) as ops:
+        before = set(os.listdir("/dev/shm"))
+        owner = kind.make(rank)
+        dist.barrier(rank.group)
+        assert set(os.listdir("/dev/shm")) <= before
+        if is_first:
             owner.close()
-            seconds = time.monotonic() - begin
+            assert not ops.opened
+            for _ in range(2):
+                owner.close()
+                assert len(ops.own) == 1
+        dist.barrier(rank.group)
+        assert len(ops.own) == 1
+        if not is_first:
+            # The last one to close finds that nobody maps its buffer.
+            owner.close()
             assert ops.holds_nothing()
-            assert owner.missing_ranks == ops.missing
-            return seconds
-
-        result["open"] = close()
-        result["open lines"] = list(lines)
-        lines.clear()
-        ops.missing = [1 - rank.rank]
-        result["missing"] = close()
-        ops.missing = []
-        result["missing lines"] = list(lines)
-        # The device has failed for good: nothing can be released, and nothing is raised.
-        owner = kind.make(rank, timeout=timeout)
-        ops.failing = "_announce_close"
-        owner.close()
-        assert owner.closed
+        dist.barrier(rank.group)
+        # What is made or closed next frees what was left.
+        successor = kind.make(rank)
+        assert len(ops.own) == 1
+        closed(rank, successor)
         assert ops.holds_nothing()
-        result["failed lines"] = list(lines)
-    return result
+
+        # In another order on the second rank.
+        owners = [kind.make(rank) for _ in range(2)]
+        for owner in owners if is_first else reversed(owners):
+            assert closed(rank, owner) < 1
+        assert ops.holds_nothing()
+
+
+def closing_with_failures(rank: Rank, kind: type[Kind]) -> list[list[tuple[str, str]]]:
+    """Where a rank does not get to say that it has unmapped its peers' memory, they keep it.
+
+    Returns what was logged in each case.
+    """
+    package = kind.owner.__module__.partition(".")[0]
+    flags = f"{package}._peer_group.UnmappedFlags"
+    logs = []
+
+    def close(failing: str | None) -> None:
+        with kind.stand_in(rank) as ops, logged(package) as lines:
+            owner = kind.make(rank)
+            if rank.rank == 1:
+                ops.failing = failing
+            closed(rank, owner)
+            assert not ops.opened
+            assert len(ops.own) == 1
+            logs.append(list(lines))
+
+    # Kernels may still run, on this rank and at its peers.
+    close("_announce_close")
+    # There is no directory, or none that the ranks share.
+    with mock.patch(f"{flags}._DIRECTORY", "/dev/shm/none"):
+        close(None)
+    with mock.patch(f"{flags}._DIRECTORY", f"{rank.directory}/{rank.rank}"):
+        os.mkdir(f"{rank.directory}/{rank.rank}")
+        close(None)
+        assert os.listdir(f"{rank.directory}/{rank.rank}") == []
+    return logs
+
+
+def closing_after_a_failure(rank: Rank, kind: type[Kind]) -> list[list[tuple[str, str]]]:
+    """What is logged of a failed call where nobody has heard of it yet, and where somebody has."""
+    package = kind.owner.__module__.partition(".")[0]
+    logs = []
+    with kind.stand_in(rank) as ops, logged(package) as lines:
+        for is_heard in (False, True):
+            owner = kind.make(rank)
+            ops.failure, ops.missing = "a call has failed", [1 - rank.rank]
+            if is_heard:
+                assert error_of(owner.check) == ("RuntimeError", "a call has failed")
+            closed(rank, owner)
+            assert owner.missing_ranks == [1 - rank.rank]
+            assert ops.holds_nothing()
+            ops.failure, ops.missing, ops.is_raised = None, [], False
+            logs.append(list(lines))
+            lines.clear()
+    return logs
+
+
+def sharing_gpus(rank: Rank, kind: type[Kind], uuids: list[str]) -> list[tuple[str, str]]:
+    """What is logged where the ranks have these GPUs."""
+    package = kind.owner.__module__.partition(".")[0]
+
+    def of_this_process(*args: Any) -> Any:
+        return facts(1, version=args[0], max_size=args[1], device_uuid=uuids[rank.rank])[0]
+
+    with (
+        mock.patch.object(kind.module, "_Facts", SimpleNamespace(of_this_process=of_this_process)),
+        kind.stand_in(rank),
+        logged(package) as lines,
+    ):
+        closed(rank, kind.make(rank))
+        return list(lines)
 
 
 def resource_warnings(drop: Callable[[], None]) -> list[str]:

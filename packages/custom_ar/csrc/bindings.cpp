@@ -26,9 +26,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ar, m) {
   m.def("_large_calls() -> int");
   m.def("_use_large_calls(int address) -> ()");
   m.def("_check(int fa) -> ()");
+  m.def("_check_unraised(int fa) -> ()");
   m.def("_missing_ranks(int fa) -> int[]");
   m.def("_announce_close(int fa) -> ()");
-  m.def("_open_peers(int fa) -> int[]");
   m.def(
       "_all_reduce_as(int fa, Tensor inp, Tensor(a!) out, int algorithm, int num_blocks, "
       "int threads_per_block, int depth) -> ()");
@@ -61,8 +61,8 @@ STABLE_TORCH_LIBRARY_IMPL(custom_ar, CompositeExplicitAutograd, m) {
   m.impl("_large_calls", TORCH_BOX(&custom_ar::large_calls));
   m.impl("_use_large_calls", TORCH_BOX(&custom_ar::use_large_calls));
   m.impl("_check", TORCH_BOX(&custom_ar::check_calls));
+  m.impl("_check_unraised", TORCH_BOX(&custom_ar::check_unraised));
   m.impl("_missing_ranks", TORCH_BOX(&custom_ar::missing_ranks));
   m.impl("_announce_close", TORCH_BOX(&custom_ar::announce_close));
-  m.impl("_open_peers", TORCH_BOX(&custom_ar::open_peers));
   m.impl("_choose_tuning", TORCH_BOX(&custom_ar::choose_tuning_of));
 }

@@ -140,17 +140,6 @@ void Communicator::announce_close() {
   }
 }
 
-std::vector<int64_t> Communicator::open_peers() const {
-  uint64_t closed[kMaxWorldSize] = {};
-  const auto* header = static_cast<const SharedHeader*>(buffers_[rank_]);
-  STABLE_CUDA_CHECK(cudaMemcpy(closed, header->closed, sizeof(closed), cudaMemcpyDefault));
-  std::vector<int64_t> open;
-  for (int r = 0; r < world_size(); ++r) {
-    if (r != rank_ && closed[r] == 0) open.push_back(r);
-  }
-  return open;
-}
-
 namespace {
 
 struct Communicators {

@@ -44,6 +44,8 @@ class Communicator {
 
   // Throws if a call has failed.
   void check_failure(const char* op) const { failure_.check_calls(op, timeout_ns_); }
+  // The same, unless that has thrown before.
+  void check_unraised(const char* op) const { failure_.check_unraised(op, timeout_ns_); }
 
   // The ranks that did not take part in the call that failed, if that is how it did.
   std::vector<int64_t> missing_ranks() const { return failure_.missing_ranks(); }
@@ -55,8 +57,6 @@ class Communicator {
 
   // Waits for the device, then tells the peers that this rank will not write to them any more.
   void announce_close();
-  // The peers that have not told so.
-  std::vector<int64_t> open_peers() const;
 
   // Closes mappings of peers' memory with the communicator.
   void add_mappings(const std::vector<void*>& addresses);

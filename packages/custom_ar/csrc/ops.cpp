@@ -300,6 +300,7 @@ void use_large_calls(int64_t address) {
 
 // Named as the op whose calls it checks.
 void check_calls(int64_t fa) { find_communicator(kAllReduce, fa)->check_failure(kAllReduce); }
+void check_unraised(int64_t fa) { find_communicator(kAllReduce, fa)->check_unraised(kAllReduce); }
 
 std::vector<int64_t> missing_ranks(int64_t fa) {
   return find_communicator("custom_ar::_missing_ranks", fa)->missing_ranks();
@@ -309,12 +310,6 @@ void announce_close(int64_t fa) {
   const auto communicator = find_communicator("custom_ar::_announce_close", fa);
   const CurrentDevice current(communicator->device_index());
   communicator->announce_close();
-}
-
-std::vector<int64_t> open_peers(int64_t fa) {
-  const auto communicator = find_communicator("custom_ar::_open_peers", fa);
-  const CurrentDevice current(communicator->device_index());
-  return communicator->open_peers();
 }
 
 void all_reduce_as(int64_t fa, const Tensor& inp, Tensor out, int64_t algorithm, int64_t num_blocks,

@@ -39,9 +39,9 @@ void set_max_blocks(int64_t fa, int64_t max_blocks);
 int64_t large_calls();
 void use_large_calls(int64_t address);
 void check_calls(int64_t fa);
+void check_unraised(int64_t fa);
 std::vector<int64_t> missing_ranks(int64_t fa);
 void announce_close(int64_t fa);
-std::vector<int64_t> open_peers(int64_t fa);
 void all_reduce_as(int64_t fa, const Tensor& inp, Tensor out, int64_t algorithm, int64_t num_blocks,
                    int64_t threads_per_block, int64_t depth);
 std::vector<int64_t> choose_tuning_of(int64_t world_size, int64_t num_bytes);

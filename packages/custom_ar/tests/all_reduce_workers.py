@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import custom_ar
+import pytest
 import torch
 import torch.distributed as dist
 from all_reduce_cases import DTYPES, assert_same_bits, differing, random_inputs
 from custom_ar import reference
 from rank_processes import Rank, die_in, left_behind
+from rank_reports import logged
 from torch import Tensor
 
 TIMEOUT = 30.0
@@ -182,6 +184,8 @@ class ExistingCaller:
 
     def close(self) -> None:
         self.ops.dispose(self.fa)
+        # Nobody frees what a peer still maps.
+        dist.barrier(self.rank.group)
         for pointers in (self.metas, self.buffers):
             self.ops.free_shared_buffer(pointers[self.rank.rank])
 
@@ -209,11 +213,6 @@ def existing_caller(rank: Rank, seed: int) -> None:
         caller.close()
 
 
-def operator_checks(rank: Rank, seed: int) -> None:
-    """torch's own checks of an operator; each rank makes the same calls."""
-    inputs = random_inputs(rank.world_size, 64, torch.float32, generator_of(rank, seed))
-    own = inputs[rank.rank]
-    caller = ExistingCaller(rank, 1 << 20)
 def buffers_of_different_sizes(rank: Rank, seed: int) -> None:
     """By less, or by more, than what allocations are rounded to; in either slot, and in pieces."""
     generator = generator_of(rank, seed)
@@ -314,6 +313,11 @@ def out_of_memory(rank: Rank) -> None:
         communicator.check()
 
 
+def operator_checks(rank: Rank, seed: int) -> None:
+    """torch's own checks of an operator; each rank makes the same calls."""
+    inputs = random_inputs(rank.world_size, 64, torch.float32, generator_of(rank, seed))
+    own = inputs[rank.rank]
+    caller = ExistingCaller(rank, 1 << 20)
     ops = torch.ops.custom_ar
     fa, out = caller.fa, torch.zeros_like(own)
     torch.library.opcheck(ops.all_reduce.default, (fa, own, out, 0, 0))
@@ -335,6 +339,8 @@ def open_and_close(rank: Rank, rounds: int) -> dict[str, int]:
                 out = communicator.all_reduce(own)
         world_size = rank.world_size
         assert (out == world_size * (world_size + 1) // 2).all()
+        dist.barrier(rank.group)
+        communicator.close()  # frees what a peer still mapped
 
     return left_behind(rank, run, rounds)
 

@@ -288,10 +288,10 @@ class StandIn(peer_group_workers.StandIn):
         self.enter("_announce_close")
         assert fa in self.live
 
-    def _open_peers(self, fa: int) -> list[int]:
-        self.calls.append("_open_peers")
+    def _check_unraised(self, fa: int) -> None:
+        self.calls.append("_check_unraised")
         assert fa in self.live
-        return list(self.open_peers)
+        self.check_unraised()
 
     def dispose(self, fa: int) -> None:
         self.enter("dispose")
@@ -394,9 +394,9 @@ def kernels(rank: Rank) -> list[tuple[str, str]]:
         ops.failure = None
 
         log = list(lines)
-        communicator.close()
+        peer_group_workers.closed(rank, communicator)
         assert ops.holds_nothing()
-        order = ("_announce_close", "_open_peers", "dispose", "free_shared_buffer")
+        order = ("_announce_close", "_check_unraised", "dispose", "free_shared_buffer")
         assert [call for call in ops.calls if call in order] == list(order)
         assert lines == log
         check_closed(communicator)
@@ -421,7 +421,6 @@ def forgotten(rank: Rank) -> list[str]:
     """A communicator that is dropped says so, waits for nothing and leaves its memory alone."""
     with stand_in(rank) as ops:
         kept = [custom_ar.Communicator(rank.group, rank.device, timeout=60)]
-        ops.open_peers = [1 - rank.rank]
         begin = time.monotonic()
         texts = resource_warnings(kept.clear)
         assert time.monotonic() - begin < 5

@@ -49,7 +49,6 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "_missing_ranks": (lambda: private._missing_ranks(UNKNOWN), UNKNOWN_FA),
     "_announce_close": (lambda: private._announce_close(UNKNOWN), UNKNOWN_FA),
-    "_open_peers": (lambda: private._open_peers(UNKNOWN), UNKNOWN_FA),
     "_choose_tuning no peer": (
         lambda: private._choose_tuning(1, 4096),
         "world_size must be in [2, 8], got 1",

@@ -6,6 +6,7 @@ all_reduce_workers.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import all_reduce_workers as workers
@@ -43,7 +44,6 @@ def test_existing_caller(run_pair: Run, seed: int) -> None:
     run_pair(workers.existing_caller, seed)
 
 
-def test_operator_checks(run_pair: Run, seed: int) -> None:
 def test_buffers_of_different_sizes(run_pair: Run, seed: int) -> None:
     run_pair(workers.buffers_of_different_sizes, seed)
 
@@ -72,6 +72,7 @@ def test_out_of_memory(run_pair: Run) -> None:
     run_pair(workers.out_of_memory)
 
 
+def test_operator_checks(run_pair: Run, seed: int) -> None:
     run_pair(workers.operator_checks, seed)
 
 

@@ -367,12 +367,6 @@ Tensor allocate_rows(const char* op, int64_t num_tokens, int64_t num_heads, cons
   const int64_t strides[] = {std::max<int64_t>(num_heads, 1) * kHeadDim, kHeadDim, 1};
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.tensor().get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  // The shim itself: going through the dispatcher costs more than the rest of the call. It answers
-  // with a code and no reason, and memory is what can be lacking here.
-  const bool is_allocated =
-      aoti_torch_empty_strided(3, sizes, strides, dtype, q.device().type, q.device().index,
-                               &handle) == AOTI_TORCH_SUCCESS;
   constexpr double kBytesPerGiB = 1 << 30;
   return stable_common::allocate_tensor(
       op, 3, sizes, strides, dtype, q.device(), "the result, [", num_tokens, ", ", num_heads, ", ",

@@ -38,10 +38,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
   m.def("_large_calls() -> int");
   m.def("_use_large_calls(int address) -> ()");
   m.def("_check(Tensor workspace) -> ()");
+  m.def("_check_unraised(Tensor workspace) -> ()");
   m.def("_missing_ranks(Tensor workspace) -> int[]");
   m.def("_forget(Tensor workspace) -> ()");
   m.def("_announce_close(int[] buffers, int rank) -> ()");
-  m.def("_open_peers(int buffer, int nranks) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minimax_rms, CUDA, m) {
@@ -66,8 +66,8 @@ STABLE_TORCH_LIBRARY_IMPL(minimax_rms, CompositeExplicitAutograd, m) {
   m.impl("_large_calls", TORCH_BOX(&minimax_rms::large_calls));
   m.impl("_use_large_calls", TORCH_BOX(&minimax_rms::use_large_calls));
   m.impl("_check", TORCH_BOX(&minimax_rms::check_calls));
+  m.impl("_check_unraised", TORCH_BOX(&minimax_rms::check_unraised));
   m.impl("_missing_ranks", TORCH_BOX(&minimax_rms::missing_ranks));
   m.impl("_forget", TORCH_BOX(&minimax_rms::forget));
   m.impl("_announce_close", TORCH_BOX(&minimax_rms::announce_close));
-  m.impl("_open_peers", TORCH_BOX(&minimax_rms::open_peers));
 }

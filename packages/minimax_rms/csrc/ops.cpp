@@ -390,6 +390,12 @@ void check_calls(const Tensor& workspace) {
   if (found != nullptr) found->check_calls(kOp);
 }
 
+void check_unraised(const Tensor& workspace) {
+  constexpr char kOp[] = "minimax_rms::check";
+  const auto found = known_workspace(kOp, workspace);
+  if (found != nullptr) found->check_unraised(kOp);
+}
+
 std::vector<int64_t> missing_ranks(const Tensor& workspace) {
   const auto found = known_workspace("minimax_rms::_missing_ranks", workspace);
   return found != nullptr ? found->missing_ranks() : std::vector<int64_t>();
@@ -413,20 +419,6 @@ void announce_close(std::vector<int64_t> buffers, int64_t rank) {
     STABLE_CUDA_CHECK(cudaMemcpy(&header_at(kOp, "buffers", buffers[r])->closed[rank], &closed,
                                  sizeof(closed), cudaMemcpyDefault));
   }
-}
-
-std::vector<int64_t> open_peers(int64_t buffer, int64_t nranks) {
-  constexpr char kOp[] = "minimax_rms::_open_peers";
-  check_ranks(kOp, nranks);
-  const CurrentDevice current(current_device_index());
-  uint64_t closed[kMaxRanks] = {};
-  STABLE_CUDA_CHECK(cudaMemcpy(closed, header_at(kOp, "buffer", buffer)->closed, sizeof(closed),
-                               cudaMemcpyDefault));
-  std::vector<int64_t> peers;
-  for (int64_t r = 0; r < nranks; ++r) {
-    if (WorkspaceHeader::from_stored(closed[r]) == 0) peers.push_back(r);
-  }
-  return peers;
 }
 
 }  // namespace minimax_rms

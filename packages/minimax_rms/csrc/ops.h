@@ -49,10 +49,10 @@ void set_timeout(const Tensor& workspace, double seconds);
 int64_t large_calls();
 void use_large_calls(int64_t address);
 void check_calls(const Tensor& workspace);
+void check_unraised(const Tensor& workspace);
 std::vector<int64_t> missing_ranks(const Tensor& workspace);
 void forget(const Tensor& workspace);
 
 void announce_close(std::vector<int64_t> buffers, int64_t rank);
-std::vector<int64_t> open_peers(int64_t buffer, int64_t nranks);
 
 }  // namespace minimax_rms

@@ -47,6 +47,8 @@ class Workspace {
 
   bool has_failed() const { return failure_.has_failed(); }
   void check_calls(const char* op) const { failure_.check_calls(op, timeout_ns_); }
+  // The same, unless that has thrown before.
+  void check_unraised(const char* op) const { failure_.check_unraised(op, timeout_ns_); }
   std::vector<int64_t> missing_ranks() const { return failure_.missing_ranks(); }
   void check_capacity(const char* op, int64_t num_tokens) const;
 

@@ -255,12 +255,12 @@ def open_and_close(rank: Rank, rounds: int) -> dict[str, int]:
             with open_workspace(rank, max_tokens=5) as workspace:
                 out = workspace.allreduce_rms(x, weight)
         assert out.isfinite().all()
+        dist.barrier(rank.group)
+        workspace.close()  # frees what a peer still mapped
 
     return left_behind(rank, run, rounds)
 
 
-def late_rank(rank: Rank, seed: int, late: int, seconds: float) -> float:
-    """One rank comes late, within the timeout; returns what the call took."""
 def late_close(rank: Rank) -> None:
     """Rank 0 closes while the others are open: what they may write to stays until they have closed.
 
@@ -345,6 +345,8 @@ def out_of_memory(rank: Rank) -> None:
         workspace.check()
 
 
+def late_rank(rank: Rank, seed: int, late: int, seconds: float) -> float:
+    """One rank comes late, within the timeout; returns what the call took."""
     generator = generator_of(rank, seed)
     problem = make_problem(rank.world_size, 9, (256, 64), torch.bfloat16, generator)
     with open_workspace(rank) as workspace:

@@ -334,11 +334,10 @@ class StandIn(peer_group_workers.StandIn):
         assert buffers[rank] in self.own
         assert set(buffers) == self.own | self.opened
 
-    def _open_peers(self, buffer: int, nranks: int) -> list[int]:
-        self.calls.append("_open_peers")
-        assert buffer in self.own
-        assert nranks == self.rank.world_size
-        return list(self.open_peers)
+    def _check_unraised(self, workspace: Tensor) -> None:
+        self.calls.append("_check_unraised")
+        assert self._is_registered(workspace)
+        self.check_unraised()
 
     def _forget(self, workspace: Tensor) -> None:
         self.enter("_forget")
@@ -431,13 +430,14 @@ def kernels(rank: Rank, max_tokens: int) -> None:
         ops.missing = []
 
         ops.calls.clear()
-        # Itself among them.
-        ops.open_peers = [rank.rank]
-        workspace.close()
+        peer_group_workers.closed(rank, workspace)
         assert ops.holds_nothing()
         frees = ["_free"] * rank.world_size
-        assert ops.calls == ["_announce_close", "_open_peers", "_forget", *frees]
+        assert ops.calls == ["_announce_close", "_check_unraised", "_forget", *frees]
         assert lines == []
+        check_closed(workspace)
+
+
 def out_of_memory(rank: Rank) -> None:
     """What is raised where the operators raise that memory is lacking, and something else."""
     x, w = torch.ones(3, 16), torch.ones(8)
@@ -468,14 +468,10 @@ def out_of_memory(rank: Rank) -> None:
         assert ops.holds_nothing()
 
 
-        check_closed(workspace)
-
-
 def forgotten(rank: Rank) -> list[str]:
     """A workspace that is dropped says so, waits for nothing and leaves its memory alone."""
     with stand_in(rank) as ops:
         kept = [minimax_rms.Workspace(rank.group, 8, rank.device, timeout=60)]
-        ops.open_peers = [1 - rank.rank]
         memory = kept[0]._memory
         begin = time.monotonic()
         texts = resource_warnings(kept.clear)

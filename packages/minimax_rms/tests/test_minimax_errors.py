@@ -389,7 +389,6 @@ SETTING_UP: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "_announce_close rank": (lambda: private._announce_close([16, 32], 2), f"{RANK} 2"),
     "_announce_close ranks": (lambda: private._announce_close([], 0), f"{NRANKS} 0"),
-    "_open_peers ranks": (lambda: private._open_peers(16, 17), f"{NRANKS} 17"),
 }
 
 

@@ -1022,7 +1022,6 @@ def test_closed_peer(generator: torch.Generator) -> None:
     with LocalRanks(2) as ranks:
         warm_up(ranks, problem)
         ranks.ops._announce_close(ranks.addresses, 1)
-        assert list(ranks.ops._open_peers(ranks.addresses[0], 2)) == [0]
         begin = time.monotonic()
         outputs = ranks.run(problem, ranks=[0])
         torch.cuda.synchronize()

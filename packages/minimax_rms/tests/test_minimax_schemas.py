@@ -51,7 +51,7 @@ PRIVATE = {
     "_missing_ranks",
     "_forget",
     "_announce_close",
-    "_open_peers",
+    "_check_unraised",
 }
 NO_WORKSPACE = torch.empty(0, dtype=torch.int64)
 
@@ -366,7 +366,7 @@ def setting_up() -> dict[str, Callable[[], Any]]:
         "_missing_ranks": lambda: overload("_missing_ranks")(workspace()),
         "_forget": lambda: overload("_forget")(workspace()),
         "_announce_close": lambda: overload("_announce_close")([16, 32], 0),
-        "_open_peers": lambda: overload("_open_peers")(16, 2),
+        "_check_unraised": lambda: overload("_check_unraised")(workspace()),
     }
 
 

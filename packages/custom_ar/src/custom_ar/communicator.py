@@ -27,6 +27,7 @@ from ._peer_group import (
     checked_timeout,
     find_obstacle,
     first_line,
+    free_closed,
     multiprocessors_per_call,
     ranks_per_gpu,
     share_large_calls,
@@ -145,6 +146,8 @@ class Communicator:
             self.fallback_reason = _obstacle(all_facts) or self._set_up(all_facts)
             if self.fallback_reason is not None:
                 self._peers.log_fallback(self.fallback_reason, all_facts)
+            else:
+                self._peers.log_shared_gpus(all_facts)
 
         self._id = next(_next_id)
         _communicators[self._id] = self
@@ -171,10 +174,10 @@ class Communicator:
         Raises:
             RuntimeError: ``out`` is not as above; the communicator is closed; or an earlier call
                 has failed, for good: which rank did not take part, or on what ranks disagree.
+            torch.OutOfMemoryError: the result cannot be allocated.
         """
         if is_compiling():
             result: Tensor = torch.ops.custom_ar.functional_all_reduce(x, self._id)
-            torch.OutOfMemoryError: the result cannot be allocated.
             return result if out is None else out.copy_(result)
         return self._all_reduce(x, out)
 
@@ -222,23 +225,26 @@ class Communicator:
         return self._closed
 
     def close(self) -> None:
-        """Release all memory. Graphs with this communicator's calls must not be replayed any more.
+        """End the calls. Graphs with this communicator's calls must not be replayed any more.
 
-        Every rank should close. Waits for the device and then, at most for 5 seconds or the
-        timeout, until the peers will not write here any more; not for missing ranks. Never raises
-        for what a peer or the device did, and may be called again.
+        Every rank should close, in any order and at any time: this waits for the device, and for no
+        peer. The shared buffer is freed once all ranks have closed: at once on the last of them, on
+        the others when a communicator is next made or closed in the process, or this is called
+        again. Where a rank never closes, it stays until the process ends.
+
+        Never raises for what a peer or the device did. A failure of a call that no call and no
+        :meth:`check` has raised yet is logged.
         """
         if self._closed:
+            free_closed()
             return
         fa = self._fa
         if fa is not None:
-            self._missing_ranks = self.missing_ranks
-            self._peers.part(
+            self._peers.announce_close(
                 announce=lambda: _ops._announce_close(fa),
-                open_peers=lambda: _ops._open_peers(fa),
-                missing_ranks=self._missing_ranks,
-                timeout=self.timeout,
+                check_unraised=lambda: _ops._check_unraised(fa),
             )
+            self._missing_ranks = self.missing_ranks
         self._closed = True
         self._fa = None
         if self._memory is not None:

@@ -50,8 +50,8 @@ for _name in (
     "_large_calls",
     "_use_large_calls",
     "_check",
+    "_check_unraised",
     "_missing_ranks",
     "_announce_close",
-    "_open_peers",
 ):
     _refuse(_name)

@@ -6,8 +6,8 @@ The operators, their names and their arguments are those of vLLM. The calling or
    handles among the ranks, and :func:`open_mem_handle` those of the peers.
 2. :func:`init_custom_ar` with the addresses of all ranks' buffers.
 3. :func:`all_reduce` on every rank, the same calls in the same order; eagerly or in a CUDA graph.
-4. Once no rank will call any more: :func:`dispose`, then :func:`free_shared_buffer` of the own
-   buffer, after the peers have disposed of theirs.
+4. Once no rank will call any more: :func:`dispose`, which closes the mappings of the peers'
+   buffers, then :func:`free_shared_buffer` of the own buffer, once all peers have disposed.
 
 A call pushes its data into the peers' buffers, so no input is ever registered. A caller that
 registers buffers does no harm: those operators check their arguments, and :func:`dispose` closes
@@ -211,6 +211,9 @@ def open_mem_handle(mem_handle: Tensor) -> int:
 
 def free_shared_buffer(ptr: int) -> None:
     """Free what was allocated here, or close the mapping of what was opened here.
+
+    What was allocated here must be freed only once no peer will write to it any more and each has
+    closed its mapping (or has ended): that is for the caller to make sure of.
 
     Args:
         ptr: from :func:`allocate_shared_buffer_and_handle` or :func:`open_mem_handle`.

@@ -73,9 +73,9 @@ for _name in (
     "_large_calls",
     "_use_large_calls",
     "_check",
+    "_check_unraised",
     "_missing_ranks",
     "_forget",
     "_announce_close",
-    "_open_peers",
 ):
     _refuse(_name)

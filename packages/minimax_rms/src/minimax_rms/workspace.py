@@ -26,6 +26,7 @@ from ._peer_group import (
     checked_timeout,
     find_obstacle,
     first_line,
+    free_closed,
     multiprocessors_per_call,
     ranks_per_gpu,
     share_large_calls,
@@ -140,6 +141,8 @@ class Workspace:
             self.fallback_reason = _obstacle(all_facts) or self._set_up(all_facts)
             if self.fallback_reason is not None:
                 self._peers.log_fallback(self.fallback_reason, all_facts)
+            else:
+                self._peers.log_shared_gpus(all_facts)
 
         self._id = next(_next_id)
         _workspaces[self._id] = self
@@ -166,10 +169,10 @@ class Workspace:
         Raises:
             RuntimeError: an argument is not as above; the workspace is closed; or an earlier call
                 has failed, for good: which rank did not take part, or on what ranks disagree.
+            torch.OutOfMemoryError: a result cannot be allocated.
         """
         result: Tensor
         if is_compiling():
-            torch.OutOfMemoryError: a result cannot be allocated.
             result = torch.ops.minimax_rms.functional_allreduce_rms(x, weight, eps, self._id)
             return result
         if self._workspace is not None:
@@ -204,10 +207,10 @@ class Workspace:
         Raises:
             RuntimeError: an argument is not as above; the workspace is closed; or an earlier call
                 has failed, for good: which rank did not take part, or on what ranks disagree.
+            torch.OutOfMemoryError: a result cannot be allocated.
         """
         if is_compiling():
             q, k = torch.ops.minimax_rms.functional_allreduce_rms_qk(
-            torch.OutOfMemoryError: a result cannot be allocated.
                 qkv, weight_q, weight_k, eps, self._id
             )
             return q, k
@@ -266,23 +269,26 @@ class Workspace:
         return self._closed
 
     def close(self) -> None:
-        """Release all memory. Graphs with this workspace's calls must not be replayed any more.
+        """End the calls. Graphs with this workspace's calls must not be replayed any more.
 
-        Every rank should close. Waits for the device and then, at most for 5 seconds or the
-        timeout, until the peers will not write here any more; not for missing ranks. Never raises
-        for what a peer or the device did, and may be called again.
+        Every rank should close, in any order and at any time: this waits for the device, and for no
+        peer. The shared buffer is freed once all ranks have closed: at once on the last of them, on
+        the others when a workspace is next made or closed in the process, or this is called again.
+        Where a rank never closes, it stays until the process ends.
+
+        Never raises for what a peer or the device did. A failure of a call that no call and no
+        :meth:`check` has raised yet is logged.
         """
         if self._closed:
+            free_closed()
             return
-        memory = self._memory
+        memory, workspace = self._memory, self._workspace
         if memory is not None:
-            self._missing_ranks = self.missing_ranks
-            self._peers.part(
+            self._peers.announce_close(
                 announce=memory.announce_close,
-                open_peers=memory.open_peers,
-                missing_ranks=self._missing_ranks,
-                timeout=self.timeout,
+                check_unraised=lambda: _ops._check_unraised(workspace),
             )
+            self._missing_ranks = self.missing_ranks
         self._closed = True
         self._workspace = None
         if memory is not None:
@@ -491,12 +497,6 @@ class _SharedMemory:
         """Tell the peers that this rank writes no more, once it does not."""
         with torch.cuda.device(self._device):
             _ops._announce_close(self._addresses, self._rank)
-
-    def open_peers(self) -> list[int]:
-        """The peers that have not told so."""
-        with torch.cuda.device(self._device):
-            ranks = _ops._open_peers(self._addresses[self._rank], self._nranks)
-        return [rank for rank in ranks if rank != self._rank]
 
     def close_mappings(self) -> list[str]:
         """Forget ``tensor`` and unmap the peers' buffers; return what went wrong."""

@@ -17,7 +17,7 @@ import os
 import pickle
 import socket
 import sys
-import time
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,6 @@ DEFAULT_TIMEOUT = 30.0
 # rank loads its kernels, which may take longer than a short timeout of the caller's.
 PROBE_SECONDS = 10.0
 
-_CLOSE_SECONDS = 5.0
 _MAX_TIMEOUT = 1e9
 
 
@@ -78,6 +77,7 @@ class PeerGroup:
         self._owner = owner
         self._package = owner.partition(".")[0]
         self._logger = logging.getLogger(self._package)
+        self._unmapped = UnmappedFlags(self.rank, self.size)
 
     def exchange_facts(self, facts: Facts | None, argument_error: str | None) -> list[Facts]:
         """Exchange what the ranks start from; one that has bad arguments has ``argument_error``.
@@ -147,22 +147,36 @@ class PeerGroup:
         Returns:
             None, or what failed on whichever rank; the same text on all.
         """
+        free_closed()
+        flags = self._unmapped
+
+        def open_all(shared: Sequence[tuple[Any, list[int]]]) -> None:
+            flags.open(shared[0][1])
+            memory.open([handle for handle, _ in shared])
+
         try:
             self.step("use its peers' memory", check_access)
-            handles = self.step("allocate shared memory", lambda: memory.allocate(num_bytes))
-            self.step("map its peers' memory", lambda: memory.open(handles))
+            shared = self.step(
+                "allocate shared memory", lambda: (memory.allocate(num_bytes), flags.create())
+            )
+            self.step("map its peers' memory", lambda: open_all(shared))
+            flags.unlink()
             self.step("verify its peers' writes", probe)
         except StepFailed as failure:
-            # No one frees memory that a peer still maps.
+            # No one frees memory that a peer may still map.
             with contextlib.suppress(StepFailed):
-                self.step("close its mappings", memory.close_mappings)
-            memory.free()
+                if not any(self.step("close its mappings", lambda: self._unmap(memory))):
+                    flags.close()
+                    memory.free()
+                    return str(failure)
+            self.release(memory)
             return str(failure)
         except BaseException:
             # The group itself failed, so there is no one to agree with.
-            memory.close_mappings()
-            memory.free()
+            self.release(memory)
             raise
+        finally:
+            flags.unlink()
         return None
 
     def log_fallback(self, reason: str, facts: Sequence[Facts]) -> None:
@@ -179,52 +193,149 @@ class PeerGroup:
             reason,
         )
 
-    def part(
-        self,
-        *,
-        announce: Callable[[], None],
-        open_peers: Callable[[], Sequence[int]],
-        missing_ranks: Sequence[int],
-        timeout: float,
+    def log_shared_gpus(self, facts: Sequence[Facts]) -> None:
+        """Log, on rank 0, which ranks share a GPU: it works, slowly, and is seldom meant."""
+        gpus: dict[str, list[int]] = {}
+        for rank, fact in enumerate(facts):
+            if fact.device_uuid:
+                gpus.setdefault(fact.device_uuid, []).append(rank)
+        for ranks in gpus.values():
+            if self.rank == 0 and len(ranks) > 1:
+                self._logger.warning(
+                    "%s: %s share a GPU, %s %s, on which they take turns",
+                    self._package,
+                    ranks_text(ranks),
+                    facts[ranks[0]].device_name,
+                    facts[ranks[0]].device_uuid,
+                )
+
+    def announce_close(
+        self, *, announce: Callable[[], None], check_unraised: Callable[[], None]
     ) -> None:
-        """Let the peers know that this rank writes no more, and wait for the same from them.
+        """Wait for the device and tell the peers that this rank makes no more calls.
 
-        Waits for at most 5 seconds or ``timeout``, and not for ``missing_ranks``. What fails is
-        logged.
-
-        Args:
-            announce: tells the peers.
-            open_peers: returns the peers that have not told so yet.
-            missing_ranks: the peers that did not take part in a call.
-            timeout: of the calls, in seconds.
+        What fails is logged, and so is the failure of a call that nobody has heard of yet.
         """
         try:
             announce()
-            deadline = time.monotonic() + min(_CLOSE_SECONDS, timeout)
-            while True:
-                awaited = sorted(set(open_peers()) - set(missing_ranks))
-                if not awaited or time.monotonic() >= deadline:
-                    break
-                time.sleep(0.001)
+        except RuntimeError as error:
+            # Kernels may still run: neither this rank nor its peers free what these use.
+            self._unmapped.close()
+            self._log_close(str(error))
+        try:
+            check_unraised()
         except RuntimeError as error:
             self._log_close(str(error))
-            return
-        if awaited:
-            self._logger.warning(
-                "%s: rank %d of %d: closed without %s, which did not close in time",
-                self._package,
-                self.rank,
-                self.size,
-                ranks_text(awaited),
-            )
 
     def release(self, memory: Memory) -> None:
-        """Give up all of the memory, once the peers have been parted from; failures are logged."""
-        for error in [*memory.close_mappings(), *memory.free()]:
+        """Unmap the peers' buffers; free the own one if no peer maps it any more.
+
+        Else it stays until the last peer has unmapped it and :func:`free_closed` is called, by the
+        next of this process that is made or closed; or until the process ends. Waits for no peer.
+        What fails is logged.
+        """
+        for error in self._unmap(memory):
             self._log_close(error)
+        with _closed_lock:
+            _closed.append((self, memory))
+        free_closed()
+
+    def free_if_unmapped(self, memory: Memory) -> bool:
+        """Free the own buffer if no peer maps it any more; return whether that was so."""
+        if not self._unmapped.is_set_by_all():
+            return False
+        self._unmapped.close()
+        for error in memory.free():
+            self._log_close(error)
+        return True
+
+    def _unmap(self, memory: Memory) -> list[str]:
+        """Unmap the peers' buffers and tell the peers; return what went wrong, which none is told."""
+        errors = memory.close_mappings()
+        if errors:
+            self._unmapped.close()
+        self._unmapped.set()
+        return errors
 
     def _log_close(self, error: str) -> None:
         self._logger.warning("%s: rank %d: close: %s", self._package, self.rank, error)
+
+
+class UnmappedFlags:
+    """What each rank of a host tells its peers: that it maps no memory of theirs any more.
+
+    CUDA lets an allocation be freed only once no process maps it, and who has unmapped it cannot
+    say so there. So there is a file in memory with a byte for each rank, whose name is gone once
+    all have opened it. A rank that cannot open it (in a container with a ``/dev/shm`` of its own,
+    say) or that dies does not say so, and its peers keep their buffers.
+    """
+
+    _DIRECTORY = "/dev/shm"
+
+    def __init__(self, rank: int, size: int) -> None:
+        """Take the rank and how many there are; there is no file yet."""
+        self._rank = rank
+        self._size = size
+        self._file: int | None = None
+        self._path: str | None = None  # as long as it has a name
+
+    def create(self) -> list[int]:
+        """Make the file, on rank 0; return bytes that name it."""
+        token = os.urandom(16)
+        if self._rank == 0:
+            path = self._path_of(token)
+            with contextlib.suppress(OSError):
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                self._path = path
+                os.write(self._file, bytes(self._size))
+        return list(token)
+
+    def open(self, token: Sequence[int]) -> None:
+        """Open the file that rank 0 made. ``token``: what create() returned there."""
+        if self._rank != 0:
+            with contextlib.suppress(OSError):
+                self._file = os.open(self._path_of(bytes(token)), os.O_RDWR)
+
+    def unlink(self) -> None:
+        """Remove the name; the file stays for who has it open."""
+        path, self._path = self._path, None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def set(self) -> None:
+        """Say that this rank maps no peer's memory any more."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._file, b"\1", self._rank)
+
+    def is_set_by_all(self) -> bool:
+        """Whether all peers have said so."""
+        if self._file is None:
+            return False
+        found = bytearray(os.pread(self._file, self._size, 0))
+        found[self._rank : self._rank + 1] = b"\1"
+        return found == b"\1" * self._size
+
+    def close(self) -> None:
+        """Close the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def _path_of(self, token: bytes) -> str:
+        return f"{self._DIRECTORY}/stable-kernels-{token.hex()}"
+
+
+# What was closed, and has a buffer still that a peer may map.
+_closed: list[tuple[PeerGroup, Memory]] = []
+_closed_lock = threading.Lock()
+
+
+def free_closed() -> None:
+    """Free the buffers of what was closed, of each whose peers have all unmapped it."""
+    with _closed_lock:
+        _closed[:] = [entry for entry in _closed if not entry[0].free_if_unmapped(entry[1])]
 
 
 class PeerBuffers:
@@ -287,11 +398,7 @@ class PeerBuffers:
         return self.attempt([partial(self._free, address) for address in opened])
 
     def free(self) -> list[str]:
-        """Free the own buffer; return what went wrong.
-
-        A peer that writes no more may still have it mapped. The driver keeps memory as long as
-        anyone maps it.
-        """
+        """Free the own buffer, which no peer maps any more; return what went wrong."""
         own, self._own = self._own, None
         return [] if own is None else self.attempt([partial(self._free, own)])
 

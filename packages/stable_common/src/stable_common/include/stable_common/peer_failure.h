@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -100,6 +101,11 @@ class PeerFailure {
     if (has_failed()) throw_failure(op, timeout_ns);
   }
 
+  // The same, unless check_calls() has thrown for it.
+  void check_unraised(const char* op, uint64_t timeout_ns) const {
+    if (!is_raised_) check_calls(op, timeout_ns);
+  }
+
   // The ranks that did not take part in the call that failed, if that is how it did.
   std::vector<int64_t> missing_ranks() const {
     uint64_t cause = failure();
@@ -113,6 +119,7 @@ class PeerFailure {
   uint64_t failure() const { return __atomic_load_n(&record_->failure, __ATOMIC_ACQUIRE); }
 
   [[noreturn]] void throw_failure(const char* op, uint64_t timeout_ns) const {
+    is_raised_ = true;
     const uint64_t failure = this->failure();
     const uint32_t call = failed_call(failure);
     const std::string ranks = ranks_text(failed_ranks(failure));
@@ -173,6 +180,7 @@ class PeerFailure {
   Wording wording_;
   int rank_;
   int world_size_;
+  mutable std::atomic<bool> is_raised_ = false;
   FailureRecord* record_ = nullptr;         // host memory
   FailureRecord* device_record_ = nullptr;  // the same, as the device maps it
 };
