@@ -280,7 +280,7 @@ def test_closing_reports_a_failure(two: Run) -> None:
 def test_ranks_that_share_a_gpu(three: Run) -> None:
     """Said once, by one rank."""
     logs = three(shared.sharing_gpus, workers.Kind, ["u", "v", "u"])
-    text = "minimax_rms: ranks 0, 2 share a GPU, GPU u, on which they take turns"
+    text = "minimax_rms: ranks 0, 2 share a GPU, GPU u"
     assert logs == [[("WARNING", text)], [], []]
     assert three(shared.sharing_gpus, workers.Kind, ["u", "v", "w"]) == [[], [], []]
 

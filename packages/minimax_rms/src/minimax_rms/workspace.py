@@ -104,7 +104,7 @@ class Workspace:
             group: a process group with a CPU backend, over which handles are exchanged: of the
                 backend ``gloo`` or ``cpu:gloo,cuda:nccl``. None for the default group.
             max_tokens: of the largest call, the same on all ranks. The buffer on each rank takes
-                24 bytes for each of them and each rank.
+                24 bytes for each of them and each rank, rounded up to 2 MiB.
             device: of the tensors; by default the current CUDA device, or the CPU if there is none.
             timeout: seconds that a call waits for its peers; by default the environment variable
                 ``MINIMAX_RMS_TIMEOUT``, or 30.

@@ -202,7 +202,7 @@ class PeerGroup:
         for ranks in gpus.values():
             if self.rank == 0 and len(ranks) > 1:
                 self._logger.warning(
-                    "%s: %s share a GPU, %s %s, on which they take turns",
+                    "%s: %s share a GPU, %s %s",
                     self._package,
                     ranks_text(ranks),
                     facts[ranks[0]].device_name,
