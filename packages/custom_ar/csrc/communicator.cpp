@@ -49,7 +49,8 @@ Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank,
     const stable_common::RelaxedCapture relaxed;
     STABLE_CUDA_CHECK(load_all_reduce_kernels(world_size()));
   }
-  // The smallest buffer decides, so that all ranks have slots of one size: each sees the same sizes.
+  // The smallest buffer decides, so that all ranks have slots of one size: each sees the same
+  // sizes.
   int64_t buffer_bytes = INT64_MAX;
   for (int r = 0; r < world_size(); ++r) {
     const int64_t bytes = stable_common::shared_bytes(op, buffers_[r]);

@@ -248,7 +248,7 @@ def late_close(rank: Rank) -> None:
         out = communicator.all_reduce(own)
         torch.cuda.synchronize()
         assert out.isnan().all()
-        with pytest.raises(RuntimeError, match="rank 0 had closed|gave up"):
+        with pytest.raises(RuntimeError, match=r"rank 0 had closed|gave up"):
             communicator.check()
     dist.barrier(rank.group)
     communicator.close()

@@ -363,7 +363,7 @@ def test_result_that_cannot_be_allocated(generator: torch.Generator) -> None:
     try:
         with pytest.raises(
             torch.OutOfMemoryError,
-            match=rf"^deepseek_mla::{mla_calls.QUANT_INSERT}: cannot allocate the result, .* on cuda",
+            match=rf"^deepseek_mla::{mla_calls.QUANT_INSERT}: cannot allocate the result",
         ):
             call.run(deepseek_mla)
     finally:

@@ -443,6 +443,7 @@ def out_of_memory(rank: Rank) -> None:
     x, w = torch.ones(3, 16), torch.ones(8)
     with stand_in(rank) as ops:
         workspace = minimax_rms.Workspace(rank.group, MAX_TOKENS, rank.device)
+        tensor = workspace.tensor
         for text, kind in (
             ("minimax_rms::op: cannot allocate a result of [3, 16] on cuda:0", "OutOfMemoryError"),
             ("minimax_rms::op: something else", "RuntimeError"),
@@ -454,7 +455,6 @@ def out_of_memory(rank: Rank) -> None:
                     minimax_rms.ops, _allreduce_rms=failing, _allreduce_rms_qk=failing
                 ),
             ):
-                tensor = workspace.tensor
                 for call in (
                     lambda: workspace.allreduce_rms(x, torch.ones(16)),
                     lambda: workspace.allreduce_rms_qk(x, w, w[:4]),

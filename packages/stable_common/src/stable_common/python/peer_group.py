@@ -250,7 +250,7 @@ class PeerGroup:
         return True
 
     def _unmap(self, memory: Memory) -> list[str]:
-        """Unmap the peers' buffers and tell the peers; return what went wrong, which none is told."""
+        """Unmap the peers' buffers and, unless something went wrong, say so; return what did."""
         errors = memory.close_mappings()
         if errors:
             self._unmapped.close()
