@@ -103,6 +103,11 @@ class Kind(ABC):
 
     @staticmethod
     @abstractmethod
+    def call(owner: Any, x: Tensor) -> Tensor:
+        """A call of all ranks with their ``x``, float32 ``[T, 8]``; of its shape."""
+
+    @staticmethod
+    @abstractmethod
     def fallback(rank: Rank) -> Fallback:
         """Make one, and all its calls."""
 
@@ -307,6 +312,110 @@ def sharing_gpus(rank: Rank, kind: type[Kind], uuids: list[str]) -> list[tuple[s
     ):
         closed(rank, kind.make(rank))
         return list(lines)
+
+
+def rows_of(rank: Rank, num_tokens: int, ratio: float) -> Tensor:
+    """Rows that are ``ratio`` times those of the rank before: no two ratios give one result."""
+    return torch.full((num_tokens, 8), ratio * ratio**rank.rank, device=rank.device)
+
+
+def compiled_order(
+    rank: Rank, kind: type[Kind], how: Mapping[str, Any], sizes: tuple[int, ...] = (3, 5, 8, 5)
+) -> dict[str, int]:
+    """Odd ranks compile and the others do not: calls keep their order, and unused ones are made.
+
+    Nothing here needs code that inductor would want a C++ compiler for. Returns how many CUDA
+    graphs there are, and how many inductor refused to make.
+    """
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    is_compiled = rank.rank % 2 == 1
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, **how) if is_compiled else function
+
+    with kind.make(rank) as owner, kind.make(rank) as other:
+
+        def swapped(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            first = kind.call(owner, x)
+            second = kind.call(owner, y)
+            return second, first
+
+        def unused(x: Tensor) -> Tensor:
+            result = kind.call(owner, x)
+            return x.t() if is_compiled else result.t()
+
+        def two_owners(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            first = kind.call(owner, x)
+            second = kind.call(other, y)
+            kind.call(owner, y)
+            third = kind.call(other, x)
+            return third, second, first
+
+        for function in (swapped, two_owners):
+            run = compiled(function)
+            for num_tokens in sizes:
+                x, y = rows_of(rank, num_tokens, 2.0), rows_of(rank, num_tokens, 3.0)
+                expected = function(x, y)
+                torch.compiler.cudagraph_mark_step_begin()
+                for got, right in zip(run(x, y), expected, strict=True):
+                    assert torch.equal(got, right), (function.__name__, num_tokens)
+        run = compiled(unused)
+        for num_tokens in sizes:
+            x, y = rows_of(rank, num_tokens, 2.0), rows_of(rank, num_tokens, 3.0)
+            expected = kind.call(owner, y)
+            torch.compiler.cudagraph_mark_step_begin()
+            run(x)
+            # Were a call left out, this one would be another's.
+            assert torch.equal(kind.call(owner, y), expected)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    return {"graphs": _num_cuda_graphs(rank.device), "skipped": skipped}
+
+
+def _num_cuda_graphs(device: torch.device) -> int:
+    """Those of inductor, of functions that others do not follow."""
+    if device.type != "cuda":
+        return 0
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(device.index, create_if_none_exists=False)
+    return 0 if manager is None else sum(map(len, manager.roots.values()))
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, kind: type[Kind], owner: Any) -> None:
+        super().__init__()
+        self.kind = kind
+        self.owner = owner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kind.call(self.owner, x)
+
+
+def compiled_for_many(rank: Rank, kind: type[Kind]) -> None:
+    """One compiled function serves any number of owners, as arguments and in modules."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with contextlib.ExitStack() as stack:
+        owners = [stack.enter_context(kind.make(rank)) for _ in range(10)]
+        x = rows_of(rank, 3, 2.0)
+        expected = kind.call(owners[0], x)
+        functions: list[Callable[[Any], Tensor]] = []
+        as_argument = torch.compile(kind.call, fullgraph=True, backend=counting)
+        functions.append(lambda owner: as_argument(owner, x))
+        in_module = torch.compile(_Layer.forward, fullgraph=True, backend=counting)
+        functions.append(lambda owner: in_module(_Layer(kind, owner), x))
+        for function in functions:
+            torch.compiler.reset()
+            graphs.clear()
+            for owner in [*owners, *owners]:
+                assert torch.equal(function(owner), expected)
+            # One for the first owner, one for all others.
+            assert len(graphs) <= 2
 
 
 def resource_warnings(drop: Callable[[], None]) -> list[str]:

@@ -326,7 +326,10 @@ def operator_checks(rank: Rank, seed: int) -> None:
     dist.barrier(rank.group)
     caller.close()
     with open_communicator(rank) as communicator:
-        torch.library.opcheck(ops.functional_all_reduce.default, (own, communicator._id))
+        named = (communicator._order, communicator._id)
+        torch.library.opcheck(ops.functional_all_reduce.default, (own, *named))
+        out = torch.empty_like(own)
+        torch.library.opcheck(ops.functional_all_reduce_out.default, (own, *named, out))
 
 
 def open_and_close(rank: Rank, rounds: int) -> dict[str, int]:

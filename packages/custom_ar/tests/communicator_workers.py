@@ -89,6 +89,11 @@ def outputs_that_autograd_guards(rank: Rank) -> None:
         assert not communicator.all_reduce(x).is_inference()
 
 
+def functional(communicator: custom_ar.Communicator, x: Tensor) -> Tensor:
+    """As a compiler calls it."""
+    return torch.ops.custom_ar.functional_all_reduce(x, communicator._order, communicator._id)
+
+
 def check_closed(communicator: custom_ar.Communicator) -> None:
     assert communicator.closed
     communicator.close()
@@ -97,7 +102,7 @@ def check_closed(communicator: custom_ar.Communicator) -> None:
     for name, call in (
         ("all_reduce", lambda: communicator.all_reduce(x)),
         ("all_reduce", lambda: communicator.all_reduce(x, out=x)),
-        ("all_reduce", lambda: torch.ops.custom_ar.functional_all_reduce(x, communicator._id)),
+        ("all_reduce", lambda: functional(communicator, x)),
         ("check", communicator.check),
     ):
         expected = f"custom_ar.Communicator.{name}: the communicator is closed"
@@ -139,20 +144,66 @@ def default_group(rank: Rank) -> None:
     assert (total == rank.world_size * (rank.world_size + 1) // 2).all()
 
 
-def no_gradients(rank: Rank) -> None:
+def no_gradients(rank: Rank, how: dict[str, Any] | None = None) -> None:
+    """Also not of an ``out`` that requires one itself, or whose input does."""
+    torch.compiler.reset()
     with custom_ar.Communicator(rank.group, rank.device) as communicator:
-        x = torch.ones(4, requires_grad=True)
-        result = communicator.all_reduce(x * 2)
+
+        def all_reduce(x: Tensor, out: Tensor | None = None) -> Tensor:
+            return communicator.all_reduce(x, out)
+
+        function = all_reduce if how is None else torch.compile(all_reduce, fullgraph=True, **how)
+        x = torch.full((4,), 2.0, device=rank.device, requires_grad=True)
+        result = function(x)
         assert not result.requires_grad
         assert (result == 2 * rank.world_size).all()
+        out = torch.zeros_like(result)
+        assert function(x, out) is out
+        assert not out.requires_grad
+        assert out.grad_fn is None
+        assert torch.equal(out, result)
+        if how is None:
+            leaf = torch.zeros_like(result).requires_grad_()
+            assert function(x, leaf) is leaf
+            assert leaf.grad_fn is None
+            assert torch.equal(leaf, result)
 
 
-def out_errors(rank: Rank) -> list[tuple[str, str]]:
+def out_errors(rank: Rank, how: dict[str, Any] | None = None) -> list[tuple[str, str]]:
     """No rank gets as far as to call the others."""
+    torch.compiler.reset()
     with custom_ar.Communicator(rank.group, rank.device) as communicator:
-        x = torch.ones(3)
-        bad = (torch.ones(3, dtype=torch.float64), torch.ones(4), torch.ones(3, device="meta"))
-        return [error_of(communicator.all_reduce, x, out=out) for out in bad]
+
+        def into(x: Tensor, out: Tensor) -> Tensor:
+            return communicator.all_reduce(x, out=out)
+
+        # Not of a full graph, whose errors have other types.
+        function = into if how is None else torch.compile(into, **how)
+        x, grid, memory = torch.ones(3), torch.ones(2, 3), torch.ones(12)
+        bad = [
+            (x, torch.ones(3, dtype=torch.float64)),
+            (x, torch.ones(4)),
+            (x, torch.ones(1)),
+            (grid, torch.ones(3, 2).t()),
+            (grid.t(), torch.ones(3, 2)),
+        ]
+        if how is None:
+            bad += [
+                (x, torch.ones(3, device="meta")),
+                (x, torch.ones(1).expand(3)),
+                (torch.ones(1).expand(3), torch.ones(1).expand(3)),
+                (memory[:6], memory[4:10]),
+                (memory[:6], memory[::2]),
+                (memory[::2], memory[4:10]),
+            ]
+        errors = [error_of(function, *arguments) for arguments in bad]
+        # Gaps that lie in each other's, and the layout of a new tensor.
+        even, odd = memory.view(6, 2).unbind(1)
+        for out in (odd, torch.zeros(6), even):
+            even.fill_(1)
+            assert communicator.all_reduce(even, out=out) is out
+            assert (out == rank.world_size).all()
+        return errors
 
 
 def compiled(rank: Rank) -> None:
@@ -324,6 +375,7 @@ class Kind(peer_group_workers.Kind):
     timeout_variable = "CUSTOM_AR_TIMEOUT"
     fallback = staticmethod(fallback)
     default_group = staticmethod(default_group)
+    call = staticmethod(custom_ar.Communicator.all_reduce)
     stand_in = staticmethod(stand_in)
 
 
@@ -427,9 +479,9 @@ def forgotten(rank: Rank) -> list[str]:
         assert ops.own
         assert ops.live
     kept = [custom_ar.Communicator(rank.group, rank.device)]
-    identity = kept[0]._id
+    arguments = (torch.ones(1), kept[0]._order, kept[0]._id)
     assert resource_warnings(kept.clear) == []
-    kind, text = error_of(torch.ops.custom_ar.functional_all_reduce, torch.ones(1), identity)
+    kind, text = error_of(torch.ops.custom_ar.functional_all_reduce, *arguments)
     assert kind == "RuntimeError"
     assert text.startswith("custom_ar::functional_all_reduce: communicator must be the id of")
     return texts

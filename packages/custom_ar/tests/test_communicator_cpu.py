@@ -91,8 +91,28 @@ def test_outputs_that_autograd_guards(one: Run, two: Run) -> None:
         run(workers.outputs_that_autograd_guards)
 
 
-def test_no_gradient_is_recorded(two: Run) -> None:
-    two(workers.no_gradients)
+@pytest.mark.parametrize("how", [None, {"backend": "aot_eager"}, {}], ids=str)
+def test_no_gradient_is_recorded(one: Run, two: Run, how: dict[str, Any] | None) -> None:
+    one(workers.no_gradients, how)
+    two(workers.no_gradients, how)
+
+
+HOW = [
+    {},
+    {"dynamic": True},
+    {"backend": "aot_eager"},
+    {"backend": "aot_eager", "dynamic": True},
+    {"mode": "reduce-overhead"},
+]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_compiled_calls_keep_their_order(two: Run, how: dict[str, Any]) -> None:
+    two(shared.compiled_order, workers.Kind, how)
+
+
+def test_one_compiled_function_serves_many_communicators(two: Run) -> None:
+    two(shared.compiled_for_many, workers.Kind)
 
 
 def test_compile_to_a_full_graph(two: Run) -> None:
@@ -218,14 +238,29 @@ def test_timeouts(two: Run) -> None:
     assert two(shared.timeouts, workers.Kind) == [[1.0, 2.5, 30.0]] * 2
 
 
-def test_out_that_does_not_fit(two: Run) -> None:
-    begin = "custom_ar.Communicator.all_reduce: out must have the"
-    expected = [
-        ("RuntimeError", f"{begin} dtype of x, torch.float32, got torch.float64"),
-        ("RuntimeError", f"{begin} shape of x, [3], got [4]"),
-        ("RuntimeError", f"{begin} device of x, cpu, got meta"),
+@pytest.mark.parametrize("how", [None, {"backend": "aot_eager"}, {}], ids=str)
+def test_out_that_does_not_fit(one: Run, two: Run, how: dict[str, Any] | None) -> None:
+    """Compiled calls raise as eager ones do."""
+    texts = [
+        "have the dtype of x, torch.float32, got torch.float64",
+        "have the shape of x, [3], got [4]",
+        "have the shape of x, [3], got [1]",
+        "have the strides of x, [3, 1], got [1, 2]",
+        "have the strides of x, [1, 3], got [2, 1]",
     ]
-    assert two(workers.out_errors) == [expected] * 2
+    if how is None:
+        texts += [
+            "have the device of x, cpu, got meta",
+            "have the strides of x, [1], got [0]",
+            "not overlap itself, got strides [0]",
+            "be x itself or not overlap it",
+            "have the strides of x, [1], got [2]",
+            "be x itself or not overlap it",
+        ]
+    begin = "custom_ar.Communicator.all_reduce: out must"
+    expected = [("RuntimeError", f"{begin} {text}") for text in texts]
+    assert one(workers.out_errors, how) == [expected]
+    assert two(workers.out_errors, how) == [expected] * 2
 
 
 def test_kernels_get_what_they_take(two: Run) -> None:

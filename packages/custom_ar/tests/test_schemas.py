@@ -33,6 +33,7 @@ SCHEMAS = {
 }
 DISPATCH_KEYS = {"init_custom_ar": "CUDA", "all_reduce": "CUDA", "open_mem_handle": "CPU"}
 FUNCTIONAL = torch.ops.custom_ar.functional_all_reduce
+FUNCTIONAL_OUT = torch.ops.custom_ar.functional_all_reduce_out
 
 
 def overload(name: str) -> torch._ops.OpOverload:
@@ -102,10 +103,16 @@ def cpu_kernel() -> Iterator[None]:
     library = torch.library.Library("custom_ar", "IMPL")
 
     def call(fa: int, inp: Tensor, out: Tensor, *args: int) -> None:
-        out.copy_(inp)
+        out.copy_(inp.detach())
+
+    def try_call(fa: int, inp: Tensor, out: Tensor, max_size: int) -> bool:
+        out.copy_(inp.detach())
+        return True
 
     for name in ("all_reduce", "_all_reduce_as"):
         library.impl(name, call, "CPU")
+    library.impl("_try_all_reduce", try_call, "CPU")
+    library.impl("_try_all_reduce_new", lambda fa, inp, max_size: inp.detach().clone(), "CPU")
     yield
     library._destroy()
 
@@ -117,6 +124,20 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
     arguments = (1, torch.randn(shape), torch.randn(shape))
     torch.library.opcheck(overload("all_reduce"), (*arguments, 0, 0))
     torch.library.opcheck(overload("_all_reduce_as"), (*arguments, 0, 1, 64, 1))
+
+
+@pytest.mark.usefixtures("cpu_kernel")
+def test_no_gradient_is_recorded() -> None:
+    x = torch.randn(5, requires_grad=True)
+    for name, rest in (("all_reduce", (0, 0)), ("_all_reduce_as", (0, 1, 64, 1))):
+        out = torch.empty(5)
+        overload(name)(1, x, out, *rest)
+        assert not out.requires_grad
+        assert torch.equal(out, x)
+    out = torch.empty(5)
+    assert overload("_try_all_reduce")(1, x, out, 100)
+    assert not out.requires_grad
+    assert not overload("_try_all_reduce_new")(1, x, 100).requires_grad
 
 
 @pytest.mark.usefixtures("cpu_kernel")
@@ -153,9 +174,14 @@ def test_setting_up_cannot_be_traced(name: str) -> None:
 
 
 def test_functional_schema() -> None:
-    schema = str(FUNCTIONAL.default._schema)
-    assert schema == ("custom_ar::functional_all_reduce(Tensor input, int communicator) -> Tensor")
-    assert torch.Tag.pt2_compliant_tag in FUNCTIONAL.default.tags
+    """The order is written: no compiler drops a call, or makes two in another order."""
+    arguments = "(Tensor input, Tensor(a!) order, SymInt communicator"
+    for op, schema in (
+        (FUNCTIONAL, f"functional_all_reduce{arguments}) -> Tensor"),
+        (FUNCTIONAL_OUT, f"functional_all_reduce_out{arguments}, Tensor(b!) out) -> ()"),
+    ):
+        assert str(op.default._schema) == f"custom_ar::{schema}"
+        assert torch.Tag.pt2_compliant_tag in op.default.tags
 
 
 LAYOUTS = {
@@ -179,12 +205,17 @@ def test_functional_opcheck(alone: custom_ar.Communicator, layout: str, dtype: t
         if layout != "expanded"
         else x
     )
-    torch.library.opcheck(FUNCTIONAL.default, (x, alone._id))
-    assert torch.equal(FUNCTIONAL(x, alone._id), x)
+    torch.library.opcheck(FUNCTIONAL.default, (x, alone._order, alone._id))
+    assert torch.equal(FUNCTIONAL(x, alone._order, alone._id), x)
+    out = torch.empty_like(x)
+    torch.library.opcheck(FUNCTIONAL_OUT.default, (x, alone._order, alone._id, out))
+    FUNCTIONAL_OUT(x, alone._order, alone._id, out)
+    assert torch.equal(out, x)
 
 
 def test_functional_meta() -> None:
-    result = FUNCTIONAL(torch.empty(3, 4, device="meta", dtype=torch.float16), 1)
+    order = torch.empty(1, device="meta", dtype=torch.uint8)
+    result = FUNCTIONAL(torch.empty(3, 4, device="meta", dtype=torch.float16), order, 1)
     assert (result.shape, result.dtype, result.device.type) == ((3, 4), torch.float16, "meta")
 
 
@@ -194,4 +225,4 @@ def test_functional_of_an_unknown_communicator() -> None:
         r"exists, got 1099511627776$"
     )
     with pytest.raises(RuntimeError, match=message):
-        FUNCTIONAL(torch.ones(3), 2**40)
+        FUNCTIONAL(torch.ones(3), torch.zeros(1, dtype=torch.uint8), 2**40)

@@ -5,11 +5,11 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
   m.def(
-      "minimax_allreduce_rms(Tensor input, Tensor norm_weight, Tensor workspace, int rank, "
+      "minimax_allreduce_rms(Tensor input, Tensor norm_weight, Tensor(a!) workspace, int rank, "
       "int nranks, float eps) -> Tensor");
   m.def(
       "minimax_allreduce_rms_qk(Tensor qkv, Tensor norm_weight_q, Tensor norm_weight_k, "
-      "Tensor workspace, int q_size, int kv_size, int rank, int nranks, float eps) -> "
+      "Tensor(a!) workspace, int q_size, int kv_size, int rank, int nranks, float eps) -> "
       "(Tensor, Tensor)");
 
   m.def(
@@ -20,13 +20,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minimax_rms, m) {
       "Tensor workspace, int q_size, int kv_size, int rank, int nranks, float eps) -> ()");
   m.def(
       "_minimax_allreduce_rms_qk_as(Tensor qkv, Tensor norm_weight_q, Tensor norm_weight_k, "
-      "Tensor workspace, int q_size, int kv_size, int rank, int nranks, float eps, "
+      "Tensor(a!) workspace, int q_size, int kv_size, int rank, int nranks, float eps, "
       "int warps_per_token, int num_blocks, int threads_per_block) -> (Tensor, Tensor)");
   m.def(
       "_choose_tuning(int row_bytes, int nranks, int num_tokens, int num_multiprocessors, "
       "bool shares_gpu=False) -> int[]");
   m.def("_comm_size(int nranks, int max_tokens) -> int");
   m.def("_max_tokens(int nranks, int comm_size) -> int");
+  m.def(
+      "_descriptor(int num_tokens, int q_row_bytes, int k_row_bytes, int element_type, float eps, "
+      "bool has_k) -> int");
   m.def("_places(int nranks, int comm_size, int num_tokens) -> int[]");
   m.def("_allocate(int num_bytes) -> (int, Tensor)");
   m.def("_open(Tensor handle) -> int");
@@ -57,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(minimax_rms, CompositeExplicitAutograd, m) {
   m.impl("_choose_tuning", TORCH_BOX(&minimax_rms::choose_tuning_of));
   m.impl("_comm_size", TORCH_BOX(&minimax_rms::comm_size_of));
   m.impl("_max_tokens", TORCH_BOX(&minimax_rms::max_tokens_of));
+  m.impl("_descriptor", TORCH_BOX(&minimax_rms::descriptor_of));
   m.impl("_places", TORCH_BOX(&minimax_rms::places_of));
   m.impl("_allocate", TORCH_BOX(&minimax_rms::allocate));
   m.impl("_open", TORCH_BOX(&minimax_rms::open));

@@ -48,9 +48,9 @@ void check_multiprocessors(const char* op, int64_t num_multiprocessors) {
         "num_multiprocessors must be in [1, ", kMax, "], got ", num_multiprocessors);
 }
 
-void check_tokens(const char* op, const char* name, int64_t tokens) {
-  check(tokens > 0 && tokens < int64_t{1} << kDescriptorTokenBits, op, name, " must be in [1, 2^",
-        kDescriptorTokenBits, "), got ", tokens);
+void check_tokens(const char* op, const char* name, int64_t tokens, int bits) {
+  check(tokens > 0 && tokens < int64_t{1} << bits, op, name, " must be in [1, 2^", bits, "), got ",
+        tokens);
 }
 
 void check_comm_size(const char* op, int64_t comm_size) {
@@ -121,9 +121,10 @@ Call check_call(const char* op, const Argument& input, const Argument& weight_q,
   check(eps >= 0 && std::isfinite(static_cast<float>(eps)), op,
         "eps must be finite in float32 and at least 0, got ", eps);
   call.params.num_tokens = input.size(0);
-  check(call.params.num_tokens < int64_t{1} << kDescriptorTokenBits, op,
-        "input must have fewer than 2^", kDescriptorTokenBits, " tokens, got ",
-        call.params.num_tokens);
+  const int token_bits = nranks > 1 ? kDescriptorTokenBits : kTokenBits;
+  input.require(call.params.num_tokens < int64_t{1} << token_bits, "must have fewer than 2^",
+                token_bits, " tokens", nranks > 1 ? " for several ranks" : "", ", got ",
+                call.params.num_tokens);
   call.workspace = nullptr;
   if (nranks > 1) {
     workspace.is_on_device_of(input);
@@ -132,11 +133,11 @@ Call check_call(const char* op, const Argument& input, const Argument& weight_q,
 
   call.params.input = input.tensor().data_ptr();
   call.params.input_stride_bytes = input.stride_bytes(0);
-  call.params.descriptor = make_descriptor(call.params.num_tokens, weight_k != nullptr);
   call.params.q_mean_factor = static_cast<float>(1.0 / static_cast<double>(q_size * nranks));
   call.params.k_mean_factor =
       kv_size > 0 ? static_cast<float>(1.0 / static_cast<double>(kv_size * nranks)) : 0.0f;
-  call.params.eps = static_cast<float>(eps);
+  call.params.eps = static_cast<float>(eps) + 0.0f;  // not -0
+  if (nranks > 1) call.params.descriptor = make_descriptor(call.params, type, weight_k != nullptr);
   call.device = input.device();
   call.rank = static_cast<int>(rank);
   call.num_ranks = static_cast<int>(nranks);
@@ -289,7 +290,7 @@ std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t
   check_ranks(kOp, nranks);
   check(row_bytes > 0 && row_bytes % kVectorBytes == 0, kOp, "row_bytes must be a positive ",
         "multiple of ", kVectorBytes, ", got ", row_bytes);
-  check_tokens(kOp, "num_tokens", num_tokens);
+  check_tokens(kOp, "num_tokens", num_tokens, kTokenBits);
   check_multiprocessors(kOp, num_multiprocessors);
   const RmsNormTuning tuning =
       choose_tuning(row_bytes / kVectorBytes, static_cast<int>(nranks), num_tokens,
@@ -300,7 +301,7 @@ std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t
 int64_t comm_size_of(int64_t nranks, int64_t max_tokens) {
   constexpr char kOp[] = "minimax_rms::_comm_size";
   check_ranks(kOp, nranks);
-  check_tokens(kOp, "max_tokens", max_tokens);
+  check_tokens(kOp, "max_tokens", max_tokens, kDescriptorTokenBits);
   return comm_size_for(static_cast<int>(nranks), max_tokens);
 }
 
@@ -308,7 +309,19 @@ int64_t max_tokens_of(int64_t nranks, int64_t comm_size) {
   constexpr char kOp[] = "minimax_rms::_max_tokens";
   check_ranks(kOp, nranks);
   check_comm_size(kOp, comm_size);
-  return capacity_of(static_cast<int>(nranks), comm_size);
+  return std::min(capacity_of(static_cast<int>(nranks), comm_size),
+                  (int64_t{1} << kDescriptorTokenBits) - 1);
+}
+
+int64_t descriptor_of(int64_t num_tokens, int64_t q_row_bytes, int64_t k_row_bytes,
+                      int64_t element_type, double eps, bool has_k) {
+  RmsNormParams params;
+  params.num_tokens = num_tokens;
+  params.q_vectors = static_cast<int>(q_row_bytes / kVectorBytes);
+  params.k_vectors = static_cast<int>(k_row_bytes / kVectorBytes);
+  params.eps = static_cast<float>(eps);
+  return static_cast<int64_t>(
+      make_descriptor(params, static_cast<ElementType>(element_type), has_k));
 }
 
 std::vector<int64_t> places_of(int64_t nranks, int64_t comm_size, int64_t num_tokens) {

@@ -37,6 +37,8 @@ std::vector<int64_t> choose_tuning_of(int64_t row_bytes, int64_t nranks, int64_t
 
 int64_t comm_size_of(int64_t nranks, int64_t max_tokens);
 int64_t max_tokens_of(int64_t nranks, int64_t comm_size);
+int64_t descriptor_of(int64_t num_tokens, int64_t q_row_bytes, int64_t k_row_bytes,
+                      int64_t element_type, double eps, bool has_k);
 std::vector<int64_t> places_of(int64_t nranks, int64_t comm_size, int64_t num_tokens);
 
 std::tuple<int64_t, Tensor> allocate(int64_t num_bytes);

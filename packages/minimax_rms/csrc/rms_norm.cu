@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
+
 #include "stable_common/launch.h"
 
 namespace minimax_rms {
@@ -34,8 +36,20 @@ cudaError_t launch_for_type(const RmsNormParams& params, ElementType type,
 
 }  // namespace
 
-uint64_t make_descriptor(int64_t num_tokens, bool has_k) {
-  return static_cast<uint64_t>(num_tokens) | (has_k ? kDescriptorHasK : 0);
+uint64_t make_descriptor(const RmsNormParams& params, ElementType type, bool has_k) {
+  // The finaliser of MurmurHash3: each bit of the result depends on each of `value`.
+  const auto mix = [](uint64_t value) {
+    value = (value ^ value >> 33) * 0xff51afd7ed558ccdu;
+    value = (value ^ value >> 33) * 0xc4ceb9fe1a85ec53u;
+    return value ^ value >> 33;
+  };
+  const uint64_t widths = static_cast<uint64_t>(params.q_vectors) << 32 |
+                          static_cast<uint64_t>(params.k_vectors);
+  const uint64_t rest =
+      uint64_t{std::bit_cast<uint32_t>(params.eps)} << 32 | static_cast<uint64_t>(type);
+  const uint64_t hash = mix(mix(widths) ^ rest) >> (64 - kDescriptorHashBits);
+  return static_cast<uint64_t>(params.num_tokens) | hash << kDescriptorTokenBits |
+         (has_k ? kDescriptorHasK : 0);
 }
 
 cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,

@@ -88,9 +88,16 @@ constexpr int64_t comm_size_for(int num_ranks, int64_t max_tokens) {
   return ((bytes < least ? least : bytes) + kLineBytes - 1) / kLineBytes * kLineBytes;
 }
 
-// What a call's descriptor says beside its number.
-constexpr int kDescriptorTokenBits = 36;
-constexpr uint64_t kDescriptorHasK = uint64_t{1} << kDescriptorTokenBits;
+// What a call's descriptor says beside its number: its tokens, a hash of what else must be the same
+// on all ranks, and whether there is a k.
+constexpr int kDescriptorTokenBits = 24;
+constexpr int kDescriptorHashBits = 12;
+constexpr uint64_t kDescriptorHasK = uint64_t{1} << (kDescriptorTokenBits + kDescriptorHashBits);
+static_assert(kDescriptorHasK < uint64_t{1} << stable_common::kDescriptorCallShift);
+
+// The tokens of a call have fewer bits than this, also those of a single rank, which makes no
+// descriptor.
+constexpr int kTokenBits = 36;
 
 // How a call is cut: on all ranks alike, lest blocks wait for some that find no room. Rows that a
 // team is too small for go to the largest, one in each block.
@@ -127,7 +134,7 @@ struct RmsNormParams {
   const int64_t* workspace = nullptr;
   stable_common::FailureRecord* failure_record = nullptr;  // as the device maps it
   uint64_t timeout_ns = 0;
-  uint64_t descriptor = 0;  // make_descriptor()
+  uint64_t descriptor = 0;  // make_descriptor(); not read for a single rank
   int rank = 0;
   int num_ranks = 1;
 
@@ -150,7 +157,8 @@ struct RmsNormParams {
   }
 };
 
-uint64_t make_descriptor(int64_t num_tokens, bool has_k);
+// Of num_tokens, q_vectors, k_vectors and eps.
+uint64_t make_descriptor(const RmsNormParams& params, ElementType type, bool has_k);
 
 // Launches one call of at least one token. Never blocks. Returns what the launch returned.
 cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,

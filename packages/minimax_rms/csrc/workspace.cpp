@@ -31,6 +31,7 @@ constexpr stable_common::PeerFailure::Wording kWording = {
     .verb = "normalizes",
     .describe = descriptor_text,
     .describe_capacity = tokens_text,
+    .hashed = "row sizes, dtype or eps",
 };
 
 }  // namespace

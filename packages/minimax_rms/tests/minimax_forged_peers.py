@@ -20,7 +20,7 @@ LINE_BYTES = 128
 # Words of the header that are its owner's, after those that peers write.
 BEGUN, COMPLETED, CLAIMED = 64, 65, 66
 CALL_SHIFT = 40
-HAS_K = 1 << 36
+ELEMENT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 EMPTY_WORD = 0x8000000080000000  # what new memory is full of, and a header's zero
 
 
@@ -54,8 +54,14 @@ def descriptor_index(call: int, rank: int) -> int:
 
 def descriptor(problem: Problem, call: int) -> int:
     """As it is stored: the call's number, and what ranks must agree on."""
-    has_k = HAS_K if len(problem.widths) == 2 else 0
-    return header_word(call << CALL_SHIFT | has_k | problem.num_tokens)
+    itemsize = problem.dtype.itemsize
+    q_row, k_row = (width * itemsize for width in (*problem.widths, 0)[:2])
+    signature = torch.ops.minimax_rms._descriptor(
+        problem.num_tokens,
+        *(q_row, k_row, ELEMENT_TYPES.index(problem.dtype), problem.eps),
+        len(problem.widths) == 2,
+    )
+    return header_word(call << CALL_SHIFT | signature)
 
 
 def sums_of(problem: Problem) -> Tensor:

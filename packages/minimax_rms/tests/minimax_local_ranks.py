@@ -133,15 +133,15 @@ class LocalRanks(RankStreams):
         """Make new workspaces in the memory of these, of which the host is not told.
 
         It finds out at the first call, and then waits for the device. So each rank has one before
-        any peer does: of more tokens than there is memory for, which is never launched.
+        any peer does: of more rows than there is memory for, which is never launched.
         """
         self.empty_buffers()
         torch.cuda.synchronize()
-        x, weight = torch.zeros(2, 1, 4, device=self.device).unbind()
+        x, weight = torch.zeros(2, 1, 1 << 18, device=self.device).unbind()
         for rank, workspace in enumerate(self.workspaces):
             try:
                 self.ops.minimax_allreduce_rms(
-                    x.expand(1 << 34, 4), weight[0], workspace, rank, self.nranks, EPS
+                    x.expand(1 << 23, -1), weight[0], workspace, rank, self.nranks, EPS
                 )
             except RuntimeError as error:
                 if "cannot allocate" not in str(error):

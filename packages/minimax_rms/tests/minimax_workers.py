@@ -85,16 +85,17 @@ def check_closed(workspace: minimax_rms.Workspace) -> None:
     assert repr(workspace).endswith(": closed>")
     x, w = torch.ones(3, 16), torch.ones(8)
     functional = torch.ops.minimax_rms
+    named = (workspace._order, workspace._id)
     for name, call in (
         ("allreduce_rms", lambda: workspace.allreduce_rms(x, torch.ones(16))),
         ("allreduce_rms_qk", lambda: workspace.allreduce_rms_qk(x, w, w[:4])),
         (
             "allreduce_rms",
-            lambda: functional.functional_allreduce_rms(x, torch.ones(16), EPS, workspace._id),
+            lambda: functional.functional_allreduce_rms(x, torch.ones(16), EPS, *named),
         ),
         (
             "allreduce_rms_qk",
-            lambda: functional.functional_allreduce_rms_qk(x, w, w[:4], EPS, workspace._id),
+            lambda: functional.functional_allreduce_rms_qk(x, w, w[:4], EPS, *named),
         ),
         ("check", workspace.check),
     ):
@@ -135,14 +136,19 @@ def default_group(rank: Rank) -> None:
     torch.testing.assert_close(result, x / mean**0.5)
 
 
-def no_gradients(rank: Rank) -> None:
+def no_gradients(rank: Rank, how: dict[str, Any] | None = None) -> None:
+    torch.compiler.reset()
     with minimax_rms.Workspace(rank.group, 3, rank.device) as workspace:
-        x = torch.ones(3, 16, requires_grad=True)
-        weight = torch.nn.Parameter(torch.ones(8))
-        assert not workspace.allreduce_rms(x[:, :8] * 2, weight).requires_grad
-        q, k = workspace.allreduce_rms_qk(x * 2, weight, weight[:4])
-        assert not q.requires_grad
-        assert not k.requires_grad
+
+        def program(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            q, k = workspace.allreduce_rms_qk(x, weight, weight[:4])
+            return workspace.allreduce_rms(x[:, :8], weight), q, k
+
+        function = program if how is None else torch.compile(program, fullgraph=True, **how)
+        x = torch.ones(3, 16, device=rank.device, requires_grad=True)
+        weight = torch.nn.Parameter(torch.ones(8, device=rank.device))
+        for result in function(x, weight):
+            assert not result.requires_grad
 
 
 def bad_calls(rank: Rank) -> list[tuple[str, str]]:
@@ -356,6 +362,10 @@ def stand_in(rank: Rank, failing: str | None = None) -> Iterator[StandIn]:
         yield ops
 
 
+def call(workspace: minimax_rms.Workspace, x: Tensor) -> Tensor:
+    return workspace.allreduce_rms(x, x[0])
+
+
 class Kind(peer_group_workers.Kind):
     owner = minimax_rms.Workspace
     module = module
@@ -363,6 +373,7 @@ class Kind(peer_group_workers.Kind):
     arguments: ClassVar[dict[str, Any]] = {"max_tokens": 8}
     fallback = staticmethod(fallback)
     default_group = staticmethod(default_group)
+    call = staticmethod(call)
     stand_in = staticmethod(stand_in)
 
 
@@ -415,7 +426,8 @@ def kernels(rank: Rank, max_tokens: int) -> None:
         mean = sum((r + 1) ** 2 for r in range(rank.world_size)) / rank.world_size
         torch.testing.assert_close(result, x / mean**0.5)
         functional = torch.ops.minimax_rms.functional_allreduce_rms
-        assert torch.equal(functional(x, torch.ones(16), 0.0, workspace._id), result)
+        named = (workspace._order, workspace._id)
+        assert torch.equal(functional(x, torch.ones(16), 0.0, *named), result)
         q, k = workspace.allreduce_rms_qk(x, w, w[:4], 0.0)
         assert torch.equal(q, result[:, :8])
         assert torch.equal(k, result[:, :4])
@@ -480,10 +492,10 @@ def forgotten(rank: Rank) -> list[str]:
         assert ops.registered is memory.tensor
         assert module._dropped == [memory]
     kept = [minimax_rms.Workspace(rank.group, 8, rank.device)]
-    identity = kept[0]._id
+    named = (kept[0]._order, kept[0]._id)
     assert resource_warnings(kept.clear) == []
     functional = torch.ops.minimax_rms.functional_allreduce_rms
-    kind, text = error_of(functional, torch.ones(1, 4), torch.ones(4), EPS, identity)
+    kind, text = error_of(functional, torch.ones(1, 4), torch.ones(4), EPS, *named)
     assert kind == "RuntimeError"
     assert text.startswith("minimax_rms::functional_allreduce_rms: workspace must be the id of")
     return texts

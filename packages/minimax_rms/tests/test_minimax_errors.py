@@ -207,6 +207,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"norm_weight_k": zeros(16)[::2]},
         "norm_weight_k must be contiguous, got strides [2] for shape [8]",
     ),
+    (
+        QK,
+        {"qkv": zeros(1, 32).expand(2**24, -1)},
+        "qkv must have fewer than 2^24 tokens for several ranks, got 16777216",
+    ),
     (QK, {"nranks": 17}, f"{NRANKS} 17"),
     (QK, {"rank": 2}, f"{RANK} 2"),
     (QK, {"eps": float("nan")}, f"{EPS} nan"),
@@ -233,6 +238,17 @@ def test_call(op: str, changes: dict[str, Any], message: str, via: str) -> None:
     expected = re.escape(f"minimax_rms::{op}: {message}")
     with pytest.raises(RuntimeError, match=f"^{expected}$"):
         function(*arguments.values())
+
+
+def test_many_tokens_of_several_ranks() -> None:
+    """What ranks tell each other has no room for as many; a single rank tells no one."""
+    check = private._check_minimax_allreduce_rms
+    for num_tokens, nranks in ((2**24 - 1, 2), (2**24, 1)):
+        arguments = {**GOOD[ONE], "input": zeros(1, 16).expand(num_tokens, -1), "rank": 0}
+        check(*{**arguments, "nranks": nranks}.values())
+    message = r"input must have fewer than 2\^24 tokens for several ranks, got 16777216$"
+    with pytest.raises(RuntimeError, match=message):
+        check(*{**arguments, "nranks": 2}.values())
 
 
 @pytest.mark.parametrize("op", GOOD)
@@ -324,11 +340,11 @@ SETTING_UP: dict[str, tuple[Callable[[], Any], str]] = {
     "_comm_size ranks": (lambda: private._comm_size(17, 1), f"{NRANKS} 17"),
     "_comm_size zero": (
         lambda: private._comm_size(2, 0),
-        "max_tokens must be in [1, 2^36), got 0",
+        "max_tokens must be in [1, 2^24), got 0",
     ),
     "_comm_size huge": (
-        lambda: private._comm_size(2, 2**36),
-        f"max_tokens must be in [1, 2^36), got {2**36}",
+        lambda: private._comm_size(2, 2**24),
+        f"max_tokens must be in [1, 2^24), got {2**24}",
     ),
     "_max_tokens ranks": (lambda: private._max_tokens(17, 1024), f"{NRANKS} 17"),
     "_max_tokens negative": (

@@ -1078,6 +1078,36 @@ def test_disagreement(generator: torch.Generator, case: str, nranks: int) -> Non
         assert ranks.guards_are_intact()
 
 
+@pytest.mark.parametrize("what", ["widths", "dtype", "eps"])
+def test_disagreement_of_as_many_tokens(generator: torch.Generator, what: str) -> None:
+    """Sums of other rows would go unnoticed."""
+    usual = make_problem(2, 5, (640, 128), torch.bfloat16, generator)
+    odd = {
+        "widths": make_problem(2, 5, (640, 256), torch.bfloat16, generator),
+        "dtype": make_problem(2, 5, (640, 128), torch.float16, generator),
+        "eps": dataclasses.replace(usual, eps=1e-3),
+    }[what]
+    with LocalRanks(2) as ranks:
+        warm_up(ranks, usual, odd)
+        ranks.reserve(usual)
+        ranks.reserve(odd)
+        torch.cuda.synchronize()
+        outputs: list[tuple[Tensor, ...]] = []
+        ranks.launch(lambda rank: outputs.append(ranks.call(rank, odd if rank == 1 else usual)))
+        torch.cuda.synchronize()
+        failures = ranks.failures()
+        for rank, failure in enumerate(failures):
+            disagree = (
+                rf"ranks disagree in call 3: rank {rank} normalizes 5 tokens of q and k, "
+                rf"rank {1 - rank} 5 tokens of q and k of other row sizes, dtype or eps; "
+            )
+            gave_up = r"rank \d gave up in call 3, since ranks disagreed on the call"
+            assert re.search(rf"minimax_rms::\w+: ({disagree}|{gave_up})", failure), failures
+        assert any("ranks disagree in" in failure for failure in failures)
+        assert_nan(outputs)
+        assert ranks.guards_are_intact()
+
+
 @pytest.mark.parametrize("is_registered", [False, True])
 def test_rank_that_never_calls(generator: torch.Generator, is_registered: bool) -> None:
     nranks = 3

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import minimax_gpu_workers as workers
 import minimax_smoke as smoke
+import minimax_workers
+import peer_group_workers as shared
 import pytest
 import torch
 from minimax_arithmetic import DTYPES
@@ -66,6 +69,25 @@ def test_out_of_memory(run_pair: Run) -> None:
 
 def test_compile(run_pair: Run, seed: int) -> None:
     run_pair(workers.compiled, seed)
+
+
+GRAPHS = {"mode": "reduce-overhead"}
+
+
+@pytest.mark.parametrize("how", [{}, {"dynamic": True}, GRAPHS], ids=str)
+def test_compiled_calls_keep_their_order(run_pair: Run, how: dict[str, Any]) -> None:
+    """Of the rank that compiles; and its calls can be in CUDA graphs."""
+    # So many of each size, since graphs replay from the third on.
+    sizes = (3, 3, 3, 3, 5, 5, 5, 5)
+    _, compiled = run_pair(shared.compiled_order, minimax_workers.Kind, how, sizes)
+    if how == GRAPHS:
+        assert compiled["skipped"] == 0
+        assert compiled["graphs"] >= 3
+
+
+@pytest.mark.parametrize("how", [None, {}], ids=str)
+def test_no_gradient_is_recorded(run_pair: Run, how: dict[str, Any] | None) -> None:
+    run_pair(minimax_workers.no_gradients, how)
 
 
 def test_same_as_fallback(run_pair: Run, seed: int) -> None:

@@ -11,28 +11,32 @@ import minimax_rms
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func
 from minimax_arithmetic import DTYPES, assert_rounded, exact, random_rows, random_weight
 from minimax_rms import ops
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-# Those of vLLM.
+# Those of vLLM, but that the workspace is written, so that no compiler drops or reorders calls.
 SCHEMAS = {
     "minimax_allreduce_rms": (
-        "(Tensor input, Tensor norm_weight, Tensor workspace, int rank, int nranks, float eps) -> "
-        "Tensor"
+        "(Tensor input, Tensor norm_weight, Tensor(a!) workspace, int rank, int nranks, "
+        "float eps) -> Tensor"
     ),
     "minimax_allreduce_rms_qk": (
-        "(Tensor qkv, Tensor norm_weight_q, Tensor norm_weight_k, Tensor workspace, int q_size, "
-        "int kv_size, int rank, int nranks, float eps) -> (Tensor, Tensor)"
+        "(Tensor qkv, Tensor norm_weight_q, Tensor norm_weight_k, Tensor(a!) workspace, "
+        "int q_size, int kv_size, int rank, int nranks, float eps) -> (Tensor, Tensor)"
     ),
 }
 FUNCTIONAL = {
-    "functional_allreduce_rms": ("(Tensor x, Tensor weight, float eps, int workspace) -> Tensor"),
+    "functional_allreduce_rms": (
+        "(Tensor x, Tensor weight, float eps, Tensor(a!) order, SymInt workspace) -> Tensor"
+    ),
     "functional_allreduce_rms_qk": (
-        "(Tensor qkv, Tensor weight_q, Tensor weight_k, float eps, int workspace) -> "
-        "(Tensor, Tensor)"
+        "(Tensor qkv, Tensor weight_q, Tensor weight_k, float eps, Tensor(a!) order, "
+        "SymInt workspace) -> (Tensor, Tensor)"
     ),
 }
 PRIVATE = {
@@ -41,6 +45,7 @@ PRIVATE = {
     "_choose_tuning",
     "_comm_size",
     "_max_tokens",
+    "_descriptor",
     "_places",
     "_allocate",
     "_open",
@@ -90,7 +95,7 @@ def test_schema(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_checks_have_the_arguments_of_the_operator(name: str) -> None:
-    arguments = SCHEMAS[name].partition(" -> ")[0]
+    arguments = SCHEMAS[name].partition(" -> ")[0].replace("Tensor(a!)", "Tensor")
     schema = str(overload(f"_check_{name}")._schema)
     assert schema == f"minimax_rms::_check_{name}{arguments} -> ()"
 
@@ -134,6 +139,38 @@ def test_sizes_need_no_device(nranks: int) -> None:
         large = max(8 * nranks * num_tokens, 4096)
         assert max_tokens(nranks, large) >= num_tokens
     assert max_tokens(nranks, 0) == 0
+    # What ranks tell each other has no room for more.
+    most = 2**24 - 1
+    assert max_tokens(nranks, comm_size(nranks, most)) == most
+    assert max_tokens(nranks, 2**47) == most
+
+
+def test_what_ranks_tell_each_other_of_a_call() -> None:
+    """The tokens, whether there is a k, and 12 bits of what else must be the same."""
+    descriptor = overload("_descriptor")
+    calls = [
+        (q * row_bytes, k * row_bytes, element_type, eps)
+        for row_bytes in (16, 1024, 4096, 7168)
+        for q in (1, 2, 6)
+        for k in (0, 1, 2)
+        for element_type in range(3)
+        for eps in (0.0, 1e-6, 1e-5)
+    ]
+    for has_k in (False, True):
+        hashes = set()
+        for call in calls:
+            all_bits = [descriptor(tokens, *call, has_k) for tokens in (0, 1, 2**24 - 1)]
+            assert [bits & 0xFFFFFF for bits in all_bits] == [0, 1, 2**24 - 1]
+            assert {bits >> 36 for bits in all_bits} == {int(has_k)}
+            [own] = {bits >> 24 & 0xFFF for bits in all_bits}
+            hashes.add(own)
+        # As many as 4096 random numbers would leave, and some fewer.
+        different = len(set(calls))
+        assert len(hashes) > 0.9 * 4096 * (1 - (1 - 1 / 4096) ** different)
+    base = (7168, 1024, 2, 1e-6)
+    for index, value in enumerate((7184, 1040, 1, 1e-5)):
+        other = (*base[:index], value, *base[index + 1 :])
+        assert descriptor(5, *other, True) != descriptor(5, *base, True)
 
 
 def divide_up(dividend: int, divisor: int) -> int:
@@ -322,6 +359,43 @@ def test_raw_call_compiles_to_a_full_graph(generator: torch.Generator, name: str
             torch.testing.assert_close(function(*arguments), program(*arguments), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_raw_calls_that_are_compiled_keep_their_order(
+    generator: torch.Generator, name: str
+) -> None:
+    """Also those whose results are not used. By number of tokens, as no peer would see them."""
+    torch.compiler.reset()
+    traced: list[list[int]] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls = [
+            node
+            for node in graph.graph.nodes
+            if node.target is overload(name) or overload(name) in node.args
+        ]
+        rows = [{**node.kwargs, **dict(enumerate(node.args))} for node in calls]
+        values = [
+            next(v for v in row.values() if isinstance(v, torch.fx.Node)).meta["val"]
+            for row in rows
+        ]
+        traced.append([value.shape[0] for value in values])
+        return make_boxed_func(graph.forward)
+
+    first, second, third = (ARGUMENTS[name](n, torch.float32, generator) for n in (3, 4, 5))
+    rest = first[1:]
+
+    def program(x: Tensor, y: Tensor, z: Tensor) -> Any:
+        a = overload(name)(x, *rest)
+        overload(name)(y, *rest)
+        b = overload(name)(z, *rest)
+        return b, a
+
+    torch.compile(program, fullgraph=True, backend=aot_autograd(fw_compiler=note))(
+        first[0], second[0], third[0]
+    )
+    assert traced == [[3, 4, 5]]
+
+
 def test_fakes() -> None:
     """On any device, with any number of tokens."""
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
@@ -331,6 +405,7 @@ def test_fakes() -> None:
             x = torch.empty(num_tokens, 24, device="cuda", dtype=torch.float16)
             weight_q, weight_k, w = (torch.empty(n, device="cuda") for n in (24, 8, 8))
             workspace = torch.empty(14, device="cuda", dtype=torch.int64)
+            order = torch.empty(1, device="cuda", dtype=torch.uint8)
             results = [
                 ops.minimax_allreduce_rms(x, weight_q, workspace, 1, 4, 1e-6),
                 *ops.minimax_allreduce_rms_qk(
@@ -339,8 +414,8 @@ def test_fakes() -> None:
                 *overload("_minimax_allreduce_rms_qk_as")(
                     qkv, weight_q, weight_k, workspace, 24, 8, 1, 4, 1e-6, 1, 1, 32
                 ),
-                overload("functional_allreduce_rms")(x, weight_q, 1e-6, 1),
-                *overload("functional_allreduce_rms_qk")(qkv, weight_q, w, 1e-6, 1),
+                overload("functional_allreduce_rms")(x, weight_q, 1e-6, order, 1),
+                *overload("functional_allreduce_rms_qk")(qkv, weight_q, w, 1e-6, order, 1),
             ]
             widths = [24, 24, 8, 24, 8, 24, 24, 8]
             for result, width in zip(results, widths, strict=True):
@@ -384,9 +459,9 @@ def test_functional_opcheck(
 ) -> None:
     qkv = random_rows(num_tokens, 40, dtype, generator)
     weight_q, weight_k = (random_weight(width, dtype, generator) for width in (24, 8))
-    arguments = (qkv[:, :24], weight_q, 1e-6, alone._id)
+    arguments = (qkv[:, :24], weight_q, 1e-6, alone._order, alone._id)
     torch.library.opcheck(overload("functional_allreduce_rms"), arguments)
-    arguments = (qkv, weight_q, weight_k, 1e-6, alone._id)
+    arguments = (qkv, weight_q, weight_k, 1e-6, alone._order, alone._id)
     torch.library.opcheck(overload("functional_allreduce_rms_qk"), arguments)
     results = overload("functional_allreduce_rms_qk")(*arguments)
     for result, expected in zip(
@@ -406,4 +481,4 @@ def test_functional_of_an_unknown_workspace() -> None:
             r"1099511627776$"
         )
         with pytest.raises(RuntimeError, match=message):
-            overload(name)(*arguments, 1e-6, 2**40)
+            overload(name)(*arguments, 1e-6, torch.zeros(1, dtype=torch.uint8), 2**40)

@@ -86,8 +86,27 @@ def test_defaults_of_the_process(one: Run, two: Run, name: str) -> None:
         run(check_owner, name, smoke.make, smoke.check)
 
 
-def test_no_gradient_is_recorded(two: Run) -> None:
-    two(workers.no_gradients)
+@pytest.mark.parametrize("how", [None, {"backend": "aot_eager"}, {}], ids=str)
+def test_no_gradient_is_recorded(two: Run, how: dict[str, Any] | None) -> None:
+    two(workers.no_gradients, how)
+
+
+HOW = [
+    {},
+    {"dynamic": True},
+    {"backend": "aot_eager"},
+    {"backend": "aot_eager", "dynamic": True},
+    {"mode": "reduce-overhead"},
+]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_compiled_calls_keep_their_order(two: Run, how: dict[str, Any]) -> None:
+    two(shared.compiled_order, workers.Kind, how)
+
+
+def test_one_compiled_function_serves_many_workspaces(two: Run) -> None:
+    two(shared.compiled_for_many, workers.Kind)
 
 
 def test_special_values(three: Run) -> None:
@@ -153,8 +172,8 @@ def test_no_default_group() -> None:
 
 BAD_ARGUMENTS = [
     *(
-        ({"max_tokens": value}, {}, f"max_tokens must be tokens in [1, 2^36), got {value!r}")
-        for value in (0, -1, 2**36, 8.0, True, None)
+        ({"max_tokens": value}, {}, f"max_tokens must be tokens in [1, 2^24), got {value!r}")
+        for value in (0, -1, 2**24, 8.0, True, None)
     ),
     *(
         (
@@ -187,7 +206,7 @@ def test_bad_argument_of_one_rank_alone(one: Run) -> None:
     [error] = one(shared.bad_argument, workers.Kind, 0, {"max_tokens": -1}, {})
     assert error == (
         "ValueError",
-        "minimax_rms.Workspace: max_tokens must be tokens in [1, 2^36), got -1",
+        "minimax_rms.Workspace: max_tokens must be tokens in [1, 2^24), got -1",
     )
 
 

@@ -7,7 +7,7 @@ operators under it for those that have a communicator of their own.
 
 __version__ = "0.1.0"
 
-from . import communicator, fake, ops, reference  # noqa: F401
+from . import autograd, communicator, fake, ops, reference  # noqa: F401
 from .communicator import Communicator
 
 __all__ = ["Communicator", "__version__"]

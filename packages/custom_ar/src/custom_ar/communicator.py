@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import warnings
@@ -23,11 +22,14 @@ from ._peer_group import (
     PROBE_SECONDS,
     PeerBuffers,
     PeerGroup,
+    call_order,
     checked_device,
     checked_timeout,
     find_obstacle,
     first_line,
     free_closed,
+    id_shaped,
+    ids,
     multiprocessors_per_call,
     ranks_per_gpu,
     share_large_calls,
@@ -58,7 +60,7 @@ share_large_calls(_ops)
 # By the id that functional_all_reduce names them by, which is the same on all ranks of a program
 # that makes its communicators in the same order, and never reused.
 _communicators: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
-_next_id = itertools.count(1)
+_next_id = ids()
 
 
 class Communicator:
@@ -149,7 +151,10 @@ class Communicator:
             else:
                 self._peers.log_shared_gpus(all_facts)
 
+        has_device = all_facts[self.rank].problem is None
+        self._order = call_order(self.device if has_device else torch.device("cpu"))
         self._id = next(_next_id)
+        self._id_shaped = id_shaped(self._id)
         _communicators[self._id] = self
 
     def all_reduce(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -161,12 +166,15 @@ class Communicator:
         a CUDA graph, and ``x`` may be freed or overwritten right after it as after any torch
         operation. Calls on several streams are ordered as they are made; graphs that replay on
         several streams at once are for the caller to order. An empty ``x`` is no call. No gradient
-        is recorded. Under ``torch.compile`` it is ``torch.ops.custom_ar.functional_all_reduce``.
+        is recorded, for ``out`` neither. Under ``torch.compile`` it is
+        ``torch.ops.custom_ar.functional_all_reduce``, or ``functional_all_reduce_out``: calls keep
+        their order, also among several communicators, and those with unused results are made.
 
         Args:
             x: what to sum; any tensor that the group's backend takes.
             out: of the shape, dtype, device and strides of ``x``; written. May be ``x``, and must
-                not overlap it otherwise.
+                not overlap it otherwise. Where ``x`` has gaps, the strides may be those of
+                ``torch.empty_like(x)``.
 
         Returns:
             ``out``, or a new tensor.
@@ -177,8 +185,12 @@ class Communicator:
             torch.OutOfMemoryError: the result cannot be allocated.
         """
         if is_compiling():
-            result: Tensor = torch.ops.custom_ar.functional_all_reduce(x, self._id)
-            return result if out is None else out.copy_(result)
+            arguments = (x, self._order, self._id_shaped.shape[0])
+            if out is None:
+                result: Tensor = torch.ops.custom_ar.functional_all_reduce(*arguments)
+                return result
+            torch.ops.custom_ar.functional_all_reduce_out(*arguments, out)
+            return out
         return self._all_reduce(x, out)
 
     def supports(self, x: Tensor) -> bool:
@@ -298,6 +310,7 @@ class Communicator:
                 return out
         return self._all_reduce_otherwise(x, out)
 
+    @torch.no_grad()
     def _all_reduce_otherwise(self, x: Tensor, out: Tensor | None) -> Tensor:
         if self._closed:
             raise RuntimeError("custom_ar.Communicator.all_reduce: the communicator is closed")
@@ -467,16 +480,53 @@ def _write(out: Tensor, value: Tensor) -> Tensor:
 
 def _check_out(x: Tensor, out: Tensor) -> None:
     """As the kernels check it, for calls that go another way."""
+
+    def require(condition: bool, text: str) -> None:
+        if not condition:
+            raise RuntimeError(f"custom_ar.Communicator.all_reduce: out must {text}")
+
     for what, expected, actual in (
         ("dtype", x.dtype, out.dtype),
         ("device", x.device, out.device),
         ("shape", list(x.shape), list(out.shape)),
     ):
-        if expected != actual:
-            raise RuntimeError(
-                f"custom_ar.Communicator.all_reduce: out must have the {what} of x, {expected}, "
-                f"got {actual}"
-            )
+        require(expected == actual, f"have the {what} of x, {expected}, got {actual}")
+    if x.numel() == 0:
+        return
+    # Where `x` has gaps, also those that a new tensor like it would have.
+    require(
+        _has_strides(out, x.stride()) or _has_strides(out, torch.empty_like(x, device="meta").stride()),
+        f"have the strides of x, {list(x.stride())}, got {list(out.stride())}",
+    )
+    require(0 not in _strides(out), f"not overlap itself, got strides {list(out.stride())}")
+    begin, end = _extent(x)
+    out_begin, out_end = _extent(out)
+    # Two with gaps may lie in each other's.
+    require(
+        (begin == out_begin and _has_strides(out, x.stride()))
+        or end <= out_begin
+        or out_end <= begin
+        or not (_is_dense(x) or _is_dense(out)),
+        "be x itself or not overlap it",
+    )
+
+
+def _has_strides(x: Tensor, strides: Sequence[int]) -> bool:
+    """Whether these are the strides of ``x`` in the dimensions that have any."""
+    return all(
+        size == 1 or actual == expected
+        for size, actual, expected in zip(x.shape, x.stride(), strides, strict=True)
+    )
+
+
+def _strides(x: Tensor) -> list[int]:
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Where the memory of a tensor that is not empty begins and ends."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -490,25 +540,42 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _functional_all_reduce(input: Tensor, communicator: int) -> Tensor:
+def _find_communicator(communicator: int) -> Communicator:
     found = _communicators.get(communicator)
     if found is None:
         raise RuntimeError(
             "custom_ar::functional_all_reduce: communicator must be the id of a Communicator that "
             f"exists, got {communicator}"
         )
-    return found._all_reduce(input, None)
+    return found
 
 
-torch.library.define(
-    "custom_ar::functional_all_reduce",
-    "(Tensor input, int communicator) -> Tensor",
-    lib=registrations,
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl(
-    "custom_ar::functional_all_reduce",
-    ("cpu", "cuda"),
-    _functional_all_reduce,
-    lib=registrations,
-)
+def _functional_all_reduce(input: Tensor, order: Tensor, communicator: int) -> Tensor:
+    return _find_communicator(communicator)._all_reduce(input, None)
+
+
+def _functional_all_reduce_out(
+    input: Tensor, order: Tensor, communicator: int, out: Tensor
+) -> None:
+    _find_communicator(communicator)._all_reduce(input, out)
+
+
+# `order` is what call_order() returned. It is neither read nor written: the schemas say that it is
+# written, or a compiler would drop unused calls and reorder others. Some pass a copy of what is
+# written, so it cannot identify the communicator. `communicator` is a SymInt lest it be a constant.
+for _name, _schema, _function in (
+    (
+        "functional_all_reduce",
+        "(Tensor input, Tensor(a!) order, SymInt communicator) -> Tensor",
+        _functional_all_reduce,
+    ),
+    (
+        "functional_all_reduce_out",
+        "(Tensor input, Tensor(a!) order, SymInt communicator, Tensor(b!) out) -> ()",
+        _functional_all_reduce_out,
+    ),
+):
+    torch.library.define(
+        f"custom_ar::{_name}", _schema, lib=registrations, tags=torch.Tag.pt2_compliant_tag
+    )
+    torch.library.impl(f"custom_ar::{_name}", ("cpu", "cuda"), _function, lib=registrations)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._library import registrations
 
 
-def _functional_all_reduce(input: Tensor, communicator: int) -> Tensor:
+def _functional_all_reduce(input: Tensor, order: Tensor, communicator: int) -> Tensor:
     return torch.empty_like(input)
 
 
@@ -32,7 +32,7 @@ def _refuse(name: str) -> None:
 torch.library.register_fake(
     "custom_ar::functional_all_reduce", _functional_all_reduce, lib=registrations
 )
-for _name in ("all_reduce", "_all_reduce_as"):
+for _name in ("all_reduce", "_all_reduce_as", "functional_all_reduce_out"):
     torch.library.register_fake(f"custom_ar::{_name}", _write_arguments, lib=registrations)
 for _name in (
     "init_custom_ar",

@@ -68,7 +68,10 @@ def all_reduce(
 
     Sums are in float32, in the order of the ranks, rounded once: all ranks get the same bits. All
     ranks must call with the same dtype and number of elements, in the same order. An empty ``inp``
-    is no call. Can be captured in CUDA graphs; no gradient is recorded.
+    is no call. Can be captured in CUDA graphs; no gradient is recorded. For ``torch.compile`` it
+    writes ``out`` and has no other effect: a compiler may leave out a call whose ``out`` is not
+    used, and keeps the order of two calls only where one uses what the other writes.
+    :meth:`custom_ar.Communicator.all_reduce` has no such limit.
 
     Args:
         fa: the communicator.

@@ -6,7 +6,7 @@ Importing the package loads its operator library and registers the operators as
 
 __version__ = "0.1.0"
 
-from . import cpu, fake, reference  # noqa: F401
+from . import autograd, cpu, fake, reference  # noqa: F401
 from .ops import (
     fused_deepseek_v4_kv_norm_rope_quant_insert,
     fused_deepseek_v4_kv_rope_insert,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -22,11 +21,15 @@ from ._peer_group import (
     PeerBuffers,
     PeerGroup,
     backend_devices,
+    call_order,
     checked_device,
     checked_timeout,
     find_obstacle,
     first_line,
     free_closed,
+    id_shaped,
+    ids,
+    mark_static,
     multiprocessors_per_call,
     ranks_per_gpu,
     share_large_calls,
@@ -39,7 +42,7 @@ TIMEOUT_VARIABLE = "MINIMAX_RMS_TIMEOUT"
 MAX_RANKS = 16
 MIN_CAPABILITY = (8, 0)
 
-_MAX_TOKENS = 1 << 36
+_MAX_TOKENS = 1 << 24
 
 # Tokens of a call of the probe, and what its rows count to: neither a multiple of anything.
 _PROBE_TOKENS = 1009
@@ -55,7 +58,7 @@ share_large_calls(_ops)
 # By the id that the functional operators name them by, which is the same on all ranks of a program
 # that makes its workspaces in the same order, and never reused.
 _workspaces: weakref.WeakValueDictionary[int, Workspace] = weakref.WeakValueDictionary()
-_next_id = itertools.count(1)
+_next_id = ids()
 
 
 class Workspace:
@@ -103,8 +106,8 @@ class Workspace:
         Args:
             group: a process group with a CPU backend, over which handles are exchanged: of the
                 backend ``gloo`` or ``cpu:gloo,cuda:nccl``. None for the default group.
-            max_tokens: of the largest call, the same on all ranks. The buffer on each rank takes
-                24 bytes for each of them and each rank, rounded up to 2 MiB.
+            max_tokens: of the largest call, the same on all ranks, below 2^24. The buffer on each rank
+                takes 24 bytes for each of them and each rank, rounded up to 2 MiB.
             device: of the tensors; by default the current CUDA device, or the CPU if there is none.
             timeout: seconds that a call waits for its peers; by default the environment variable
                 ``MINIMAX_RMS_TIMEOUT``, or 30.
@@ -144,17 +147,21 @@ class Workspace:
             else:
                 self._peers.log_shared_gpus(all_facts)
 
+        has_device = all_facts[self.rank].problem is None
+        self._order = call_order(self.device if has_device else torch.device("cpu"))
         self._id = next(_next_id)
+        self._id_shaped = id_shaped(self._id)
         _workspaces[self._id] = self
 
     def allreduce_rms(self, x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         """Normalize rows by their root mean square over all ranks, and scale them.
 
-        All ranks must call, in the same order and with the same number of tokens, each with its
-        slice of the rows. Through the kernels: nothing waits on the host, the call can be captured
+        All ranks must call, in the same order and with the same number of tokens, width, dtype and
+        ``eps``, each with its slice of the rows. Through the kernels: nothing waits on the host, the call can be captured
         in a CUDA graph, and calls on several streams are ordered as they are made; graphs that
         replay on several streams at once are for the caller to order. No gradient is recorded.
-        Under ``torch.compile`` it is ``torch.ops.minimax_rms.functional_allreduce_rms``.
+        Under ``torch.compile`` it is ``torch.ops.minimax_rms.functional_allreduce_rms``: calls keep
+        their order, also among several workspaces, and those with unused results are made.
 
         Args:
             x: ``[T, D]`` float32, float16 or bfloat16, ``T`` at most :attr:`max_tokens`; ``D`` a
@@ -173,7 +180,9 @@ class Workspace:
         """
         result: Tensor
         if is_compiling():
-            result = torch.ops.minimax_rms.functional_allreduce_rms(x, weight, eps, self._id)
+            result = torch.ops.minimax_rms.functional_allreduce_rms(
+                x, weight, eps, self._order, self._id_shaped.shape[0]
+            )
             return result
         if self._workspace is not None:
             try:
@@ -211,7 +220,7 @@ class Workspace:
         """
         if is_compiling():
             q, k = torch.ops.minimax_rms.functional_allreduce_rms_qk(
-                qkv, weight_q, weight_k, eps, self._id
+                qkv, weight_q, weight_k, eps, self._order, self._id_shaped.shape[0]
             )
             return q, k
         if self._workspace is not None:
@@ -491,6 +500,7 @@ class _SharedMemory:
             torch.cuda.synchronize(self._device)
             limits = (self._max_tokens, self._num_multiprocessors, PROBE_SECONDS)
             _ops._register(tensor, self._rank, self._nranks, *limits, self._shares_gpu)
+        mark_static(tensor)
         self.tensor = tensor
 
     def announce_close(self) -> None:
@@ -535,7 +545,7 @@ def _obstacle(facts: Sequence[_Facts]) -> str | None:
 
 def _checked_max_tokens(max_tokens: int) -> int:
     if type(max_tokens) is not int or not 0 < max_tokens < _MAX_TOKENS:
-        raise ValueError(f"max_tokens must be tokens in [1, 2^36), got {max_tokens!r}")
+        raise ValueError(f"max_tokens must be tokens in [1, 2^24), got {max_tokens!r}")
     return max_tokens
 
 
@@ -549,27 +559,32 @@ def _found(op: str, workspace: int) -> Workspace:
     return found
 
 
-def _functional_rms(x: Tensor, weight: Tensor, eps: float, workspace: int) -> Tensor:
+def _functional_rms(
+    x: Tensor, weight: Tensor, eps: float, order: Tensor, workspace: int
+) -> Tensor:
     return _found("functional_allreduce_rms", workspace).allreduce_rms(x, weight, eps)
 
 
 def _functional_rms_qk(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, workspace: int
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, order: Tensor, workspace: int
 ) -> tuple[Tensor, Tensor]:
     found = _found("functional_allreduce_rms_qk", workspace)
     return found.allreduce_rms_qk(qkv, weight_q, weight_k, eps)
 
 
+# `order` is what call_order() returned. It is neither read nor written: the schemas say that it is
+# written, or a compiler would drop unused calls and reorder others. Some pass a copy of what is
+# written, so it cannot identify the workspace. `workspace` is a SymInt lest it be a constant.
 for _name, _schema, _function in (
     (
         "functional_allreduce_rms",
-        "(Tensor x, Tensor weight, float eps, int workspace) -> Tensor",
+        "(Tensor x, Tensor weight, float eps, Tensor(a!) order, SymInt workspace) -> Tensor",
         _functional_rms,
     ),
     (
         "functional_allreduce_rms_qk",
-        "(Tensor qkv, Tensor weight_q, Tensor weight_k, float eps, int workspace) -> "
-        "(Tensor, Tensor)",
+        "(Tensor qkv, Tensor weight_q, Tensor weight_k, float eps, Tensor(a!) order, "
+        "SymInt workspace) -> (Tensor, Tensor)",
         _functional_rms_qk,
     ),
 ):

@@ -11,17 +11,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
 import pickle
 import socket
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -523,8 +522,13 @@ def share_large_calls(ops: Any) -> None:
 
     Which is that of the package that comes first. ``ops`` are a package's operators.
     """
-    shared = sys.modules.setdefault("_stable_kernels", ModuleType("_stable_kernels"))
-    ops._use_large_calls(shared.__dict__.setdefault("large_calls", ops._large_calls()))
+    ops._use_large_calls(_shared_by_packages().setdefault("large_calls", ops._large_calls()))
+
+
+def _shared_by_packages() -> dict[str, Any]:
+    """What all packages of a process share. ``torch.distributed``, common to them, holds it."""
+    shared: dict[str, Any] = vars(dist).setdefault("_stable_kernels", {})
+    return shared
 
 
 def ranks_per_gpu(facts: Sequence[Facts]) -> collections.Counter[str]:
@@ -636,6 +640,46 @@ def checked_timeout(timeout: float | None, variable: str) -> float:
     if not 0 < seconds < _MAX_TIMEOUT:
         raise ValueError(f"{name} must be a positive number of seconds below 1e9, got {value!r}")
     return seconds
+
+
+def call_order(device: torch.device) -> torch.Tensor:
+    """The tensor that a compiler takes compiled calls to write to, so that it keeps their order.
+
+    One per device for all packages and groups: calls of two groups deadlock, too, if their order on
+    a stream differs between ranks.
+    """
+    orders = _shared_by_packages().setdefault("call_order", {})
+    if device not in orders:
+        with torch.inference_mode(False):
+            orders[device] = torch.zeros(1, dtype=torch.uint8, device=device)
+        mark_static(orders[device])
+    result: torch.Tensor = orders[device]
+    return result
+
+
+def mark_static(tensor: torch.Tensor) -> None:
+    """Let ``mode="reduce-overhead"`` make CUDA graphs of calls that are said to write ``tensor``.
+
+    What ``torch._dynamo.mark_static_address(tensor, guard=False)`` does, without importing
+    ``torch._dynamo``, which takes seconds.
+    """
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+
+def ids() -> Iterator[int]:
+    """Yield ids of owners for their functional operators; none is the size of any real tensor."""
+    return itertools.count((1 << 40) + 1)
+
+
+def id_shaped(identity: int) -> torch.Tensor:
+    """An empty tensor of shape ``[identity, 0]``.
+
+    ``torch.compile`` specialises on an integer attribute that it reaches through a module or a
+    global variable, and compiles anew for each value. A tensor's size becomes dynamic once it
+    differs, so that one compiled function serves all owners.
+    """
+    with torch.inference_mode(False):
+        return torch.empty((identity, 0), dtype=torch.uint8, device="cpu")
 
 
 def first_line(error: Exception) -> str:

@@ -65,6 +65,7 @@ class PeerFailure {
     const char* verb;                              // "reduces": what a rank does in a call
     std::string (*describe)(uint64_t descriptor);  // "5 elements": what it does that to
     std::string (*describe_capacity)(uint64_t capacity);
+    const char* hashed = nullptr;  // "dtype": what differs in descriptors that read the same
   };
 
   // On the current device.
@@ -135,6 +136,10 @@ class PeerFailure {
         text << "ranks disagree in call " << call << ": rank " << rank_ << " " << wording_.verb
              << " " << wording_.describe(record_->descriptor) << ", " << ranks << " "
              << wording_.describe(record_->detail);
+        if (wording_.hashed != nullptr &&
+            wording_.describe(record_->descriptor) == wording_.describe(record_->detail)) {
+          text << " of other " << wording_.hashed;
+        }
         break;
       case FailureKind::kPeerClosed:
         text << ranks << " had closed before call " << call << who.str();
