@@ -24,6 +24,7 @@ import torch.distributed as dist
 from rank_processes import Rank
 from rank_reports import error_of, logged
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 # Why a rank falls back, and the lines that it logged.
 Fallback = tuple[str | None, list[tuple[str, str]]]
@@ -167,8 +168,7 @@ def unknown_group(rank: Rank, kind: type[Kind], how: str) -> tuple[str, str]:
         group = dist.new_group(backend="gloo")
         dist.destroy_process_group(group)
     else:
-        store = dist.HashStore()
-        group = dist.ProcessGroup(store, 0, 1)
+        group = dist.ProcessGroup(HashStore(), 0, 1)
     return error_of(kind.owner, group, **{**kind.arguments, "device": "cpu"})
 
 
