@@ -43,8 +43,8 @@ uint64_t make_descriptor(const RmsNormParams& params, ElementType type, bool has
     value = (value ^ value >> 33) * 0xc4ceb9fe1a85ec53u;
     return value ^ value >> 33;
   };
-  const uint64_t widths = static_cast<uint64_t>(params.q_vectors) << 32 |
-                          static_cast<uint64_t>(params.k_vectors);
+  const uint64_t widths =
+      static_cast<uint64_t>(params.q_vectors) << 32 | static_cast<uint64_t>(params.k_vectors);
   const uint64_t rest =
       uint64_t{std::bit_cast<uint32_t>(params.eps)} << 32 | static_cast<uint64_t>(type);
   const uint64_t hash = mix(mix(widths) ^ rest) >> (64 - kDescriptorHashBits);

@@ -494,8 +494,9 @@ def _check_out(x: Tensor, out: Tensor) -> None:
     if x.numel() == 0:
         return
     # Where `x` has gaps, also those that a new tensor like it would have.
+    like_x = torch.empty_like(x, device="meta")
     require(
-        _has_strides(out, x.stride()) or _has_strides(out, torch.empty_like(x, device="meta").stride()),
+        _has_strides(out, x.stride()) or _has_strides(out, like_x.stride()),
         f"have the strides of x, {list(x.stride())}, got {list(out.stride())}",
     )
     require(0 not in _strides(out), f"not overlap itself, got strides {list(out.stride())}")

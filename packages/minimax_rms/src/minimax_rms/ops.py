@@ -14,26 +14,26 @@ operators, their names and their arguments are those of vLLM.
 
 ``comm_size``, the same on all ranks, bounds the tokens of a call: it is at least ``8 * nranks``
 bytes a token, and at least ``torch.ops.minimax_rms._comm_size(nranks, max_tokens)``; calls of
-several ranks have fewer than 2^24 tokens. All of this
-must be complete on the device of every rank before the first call of any, and stay until no rank
-will call any more; what is in it is the kernels' from then on. One workspace serves all layers.
-With ``nranks = 1`` it is ignored. The GPUs must have as many multiprocessors as each other, and
-ranks that share one must take turns on it, as processes do by default; a workspace of
-:class:`minimax_rms.Workspace` needs neither.
+several ranks have fewer than 2^24 tokens. All of this must be complete on the device of every rank
+before the first call of any, and stay until no rank will call any more; what is in it is the
+kernels' from then on. One workspace serves all layers. With ``nranks = 1`` it is ignored. The GPUs
+must have as many multiprocessors as each other, and ranks that share one must take turns on it, as
+processes do by default; a workspace of :class:`minimax_rms.Workspace` needs neither.
 
 All ranks must make the same calls in the same order, with the same number of tokens, widths, dtype
-and ``eps``. Only the sums of squares cross the link, and ranks' sums are added in the order of the ranks: all ranks have the
-same bits. Within a rank the order depends on the row's width alone, so a token's result does not
-depend on the batch that it is in. Calls run on the current stream, without synchronisation, and can
-be captured in CUDA graphs. Eager calls with one workspace on several streams run in the order in
-which they are made; replays are for the caller to order, among each other and with eager calls. On
-CPU tensors of a single rank :mod:`minimax_rms.reference` runs. No operator records gradients.
+and ``eps``. Only the sums of squares cross the link, and ranks' sums are added in the order of the
+ranks: all ranks have the same bits. Within a rank the order depends on the row's width alone, so a
+token's result does not depend on the batch that it is in. Calls run on the current stream, without
+synchronisation, and can be captured in CUDA graphs. Eager calls with one workspace on several
+streams run in the order in which they are made; replays are for the caller to order, among each
+other and with eager calls. On CPU tensors of a single rank :mod:`minimax_rms.reference` runs. No
+operator records gradients.
 
 To ``torch.compile`` the operators write ``workspace``, though its elements stay as they are: calls
-keep their order, and those with unused results are made. Backends that give operators a copy of what
-they write, such as ``aot_eager``, give these a copy of ``workspace``. The copy has the same buffers,
-but is not known as a :class:`minimax_rms.Workspace`'s: its timeout, its order over streams and what
-it needs for ranks that share a GPU are lost. Call the methods there.
+keep their order, and those with unused results are made. Backends that give operators a copy of
+what they write, such as ``aot_eager``, give these a copy of ``workspace``. The copy has the same
+buffers, but is not known as that of a :class:`minimax_rms.Workspace`: its timeout, its order over
+streams and what it needs for ranks that share a GPU are lost. Call the methods there.
 ``mode="reduce-overhead"`` makes CUDA graphs only of calls whose workspace has a static address:
 that of a :class:`minimax_rms.Workspace` has; for others, ``torch._dynamo.mark_static_address``.
 

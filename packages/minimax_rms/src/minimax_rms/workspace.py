@@ -106,8 +106,8 @@ class Workspace:
         Args:
             group: a process group with a CPU backend, over which handles are exchanged: of the
                 backend ``gloo`` or ``cpu:gloo,cuda:nccl``. None for the default group.
-            max_tokens: of the largest call, the same on all ranks, below 2^24. The buffer on each rank
-                takes 24 bytes for each of them and each rank, rounded up to 2 MiB.
+            max_tokens: of the largest call, the same on all ranks, below 2^24. The buffer on each
+                rank takes 24 bytes for each of them and each rank, rounded up to 2 MiB.
             device: of the tensors; by default the current CUDA device, or the CPU if there is none.
             timeout: seconds that a call waits for its peers; by default the environment variable
                 ``MINIMAX_RMS_TIMEOUT``, or 30.
@@ -157,9 +157,10 @@ class Workspace:
         """Normalize rows by their root mean square over all ranks, and scale them.
 
         All ranks must call, in the same order and with the same number of tokens, width, dtype and
-        ``eps``, each with its slice of the rows. Through the kernels: nothing waits on the host, the call can be captured
-        in a CUDA graph, and calls on several streams are ordered as they are made; graphs that
-        replay on several streams at once are for the caller to order. No gradient is recorded.
+        ``eps``, each with its slice of the rows. Through the kernels: nothing waits on the host,
+        the call can be captured in a CUDA graph, and calls on several streams are ordered as they
+        are made; graphs that replay on several streams at once are for the caller to order. No
+        gradient is recorded.
         Under ``torch.compile`` it is ``torch.ops.minimax_rms.functional_allreduce_rms``: calls keep
         their order, also among several workspaces, and those with unused results are made.
 
@@ -559,9 +560,7 @@ def _found(op: str, workspace: int) -> Workspace:
     return found
 
 
-def _functional_rms(
-    x: Tensor, weight: Tensor, eps: float, order: Tensor, workspace: int
-) -> Tensor:
+def _functional_rms(x: Tensor, weight: Tensor, eps: float, order: Tensor, workspace: int) -> Tensor:
     return _found("functional_allreduce_rms", workspace).allreduce_rms(x, weight, eps)
 
 
