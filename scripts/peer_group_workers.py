@@ -46,6 +46,7 @@ class StandIn:
         self.missing: list[int] = []
         self.failure: str | None = None
         self.is_raised = False
+        self.shares_gpu = True  # as ranks without a GPU seem to
         self._addresses = itertools.count(1000 * (rank.rank + 1))
 
     def enter(self, name: str) -> None:
@@ -243,6 +244,7 @@ def closing(rank: Rank, kind: type[Kind]) -> None:
 
         # In another order on the second rank.
         owners = [kind.make(rank) for _ in range(2)]
+        assert len(ops.own) == 2
         for owner in owners if is_first else reversed(owners):
             assert closed(rank, owner) < 1
         assert ops.holds_nothing()
@@ -302,14 +304,16 @@ def sharing_gpus(rank: Rank, kind: type[Kind], uuids: list[str]) -> list[tuple[s
     """What is logged where the ranks have these GPUs."""
     package = kind.owner.__module__.partition(".")[0]
 
-    def of_this_process(*args: Any) -> Any:
-        return facts(1, version=args[0], max_size=args[1], device_uuid=uuids[rank.rank])[0]
+    def of_this_process(version: str, max_size: int, *args: Any) -> Any:
+        own = {"device_uuid": uuids[rank.rank], "num_multiprocessors": 1}
+        return facts(1, version=version, max_size=max_size, **own)[0]
 
     with (
         mock.patch.object(kind.module, "_Facts", SimpleNamespace(of_this_process=of_this_process)),
-        kind.stand_in(rank),
+        kind.stand_in(rank) as ops,
         logged(package) as lines,
     ):
+        ops.shares_gpu = len(set(uuids)) < len(uuids)
         closed(rank, kind.make(rank))
         return list(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -268,7 +269,8 @@ class StandIn(peer_group_workers.StandIn):
 
     def __init__(self, rank: Rank, failing: str | None = None) -> None:
         super().__init__(rank, failing)
-        self.live: set[int] = set()
+        self.live: dict[int, set[int]] = {}  # and the peers' buffers of each
+        self._next_fa = itertools.count(7)
 
     def _buffer_size(self, world_size: int, max_size: int) -> int:
         return torch.ops.custom_ar._buffer_size(world_size, max_size)
@@ -285,10 +287,12 @@ class StandIn(peer_group_workers.StandIn):
         self.enter("init_custom_ar")
         assert rank == self.rank.rank
         assert len(addresses) == self.rank.world_size
-        assert set(addresses) == self.own | self.opened
+        assert set(addresses) <= self.own | self.opened
         assert addresses[rank] in self.own
-        self.live.add(7)
-        return 7
+        fa = next(self._next_fa)
+        self.live[fa] = set(addresses) - self.own
+        assert len(self.live[fa]) == len(addresses) - 1
+        return fa
 
     def _set_timeout(self, fa: int, seconds: float) -> None:
         assert fa in self.live
@@ -346,8 +350,7 @@ class StandIn(peer_group_workers.StandIn):
 
     def dispose(self, fa: int) -> None:
         self.enter("dispose")
-        self.live.remove(fa)
-        self.opened.clear()
+        self.opened -= self.live.pop(fa)
 
     def free_shared_buffer(self, address: int) -> None:
         self.enter("free_shared_buffer")
