@@ -156,7 +156,7 @@ class Tuner:
         self.communicator = make_communicator(self.world)
 
     def run(self, space: Space) -> list[dict[str, Any]]:
-        """Time all tunings of a space, then the best of them and the present one; return JSON, best first."""
+        """Time a space, then the best of it and the present tuning; return JSON, best first."""
         present = Tuning(*torch.ops.custom_ar._choose_tuning(self.world.size, self.case.bytes))
         tried = sorted({*tunings(self.case.bytes, self.world.size, space), present})
         results = {tuning: self.time(tuning, FIRST_REPETITIONS) for tuning in tried}

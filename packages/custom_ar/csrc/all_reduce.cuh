@@ -62,9 +62,9 @@ __device__ __forceinline__ bool control_call(const AllReduceParams& params, int 
   using Claim = stable_common::Claim<AllReduceParams>;
   SharedHeader* own = params.buffers[params.rank];
   const int peer = threadIdx.x;
-  // First of all: what is sent after the data waits for it in the link. So also by a rank whose call
-  // before has failed since this grid began. That does no harm: no peer completes this call, since
-  // this rank's data does not come, and see CallHeader.
+  // First of all: what is sent after the data waits for it in the link. So also by a rank whose
+  // call before has failed since this grid began. That does no harm: no peer completes this call,
+  // since this rank's data does not come, and see CallHeader.
   if (blockIdx.x == 0 && peer < world_size && peer != params.rank) {
     stable_common::announce_call(params, params.buffers[peer], call);
   }
@@ -95,10 +95,10 @@ __device__ __forceinline__ int64_t count_vectors(const AllReduceParams& params) 
 }
 
 // This rank's failure as the grids before this one left it, zero if there is none. After
-// wait_for_previous_grid(), by threads that are about to send: the call before may have failed since
-// this grid began, and a peer that is still in an earlier call would take what is sent now for that
-// call's. Asked for together with the input, so it costs no wait of its own; an ordinary load, which
-// L1 answers for most warps of a multiprocessor, since all ask for the same word.
+// wait_for_previous_grid(), by threads that are about to send: the call before may have failed
+// since this grid began, and a peer that is still in an earlier call would take what is sent now
+// for that call's. Asked for together with the input, so it costs no wait of its own; an ordinary
+// load, which L1 answers for most warps of a multiprocessor, since all ask for the same word.
 __device__ __forceinline__ uint64_t load_own_failure(const AllReduceParams& params) {
   return SharedHeader::from_stored(params.buffers[params.rank]->failure);
 }

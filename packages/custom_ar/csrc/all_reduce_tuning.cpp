@@ -1,5 +1,5 @@
-// Which tuning a call gets. For two ranks and for four: from the figures of two and of four H200s in
-// benchmarks/results/tuning_*.json. For other world sizes: by a model that both fit.
+// Which tuning a call gets. For two ranks and for four: from the figures of two and of four H200s
+// in benchmarks/results/tuning_*.json. For other world sizes: by a model that both fit.
 //
 // All of it pushes. A kernel loads from a peer more slowly than it stores to it (`ceilings.kernels`
 // in benchmarks/results/*.json), a pull has to wait for word that the data is there, and kernels
@@ -51,8 +51,9 @@ constexpr TuningEntry kTwoShotOfMore[] = {
 //   + n (1 - 1 / W) 1.3 us, the sums of other ranks' shards,
 //   - (1.15 + 0.375 (W - 2)) us, the second crossing,
 // which is within 0.1 us of what was measured on two ranks from 256 KiB to 2 MiB, and on four from
-// 128 to 512 KiB. Both are even at 1.76 MiB, 560 KiB, 366 KiB, 292 KiB, 253 KiB, 230 KiB and 213 KiB
-// for two to eight ranks. Two ranks keep to 1 MiB, since no size between that and 2 MiB was measured.
+// 128 to 512 KiB. Both are even at 1.76 MiB, 560 KiB, 366 KiB, 292 KiB, 253 KiB, 230 KiB and 213
+// KiB for two to eight ranks. Two ranks keep to 1 MiB, since no size between that and 2 MiB was
+// measured.
 constexpr int64_t kOneShotLimitKiB[] = {1024, 560, 364, 292, 252, 230, 212};
 
 constexpr int64_t one_shot_limit(int world_size) { return kOneShotLimitKiB[world_size - 2] * kKiB; }

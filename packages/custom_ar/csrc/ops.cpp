@@ -198,7 +198,8 @@ void all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t reg_buffer,
   check(reg_buffer == 0 || reg_buffer_sz_bytes >= message.num_bytes(), kAllReduce,
         "reg_buffer_sz_bytes must be at least the size of inp, ", message.num_bytes(),
         " bytes, got ", reg_buffer_sz_bytes);
-  run(kAllReduce, *communicator, message, out.data_ptr(), communicator->choose_tuning(message.num_bytes()));
+  run(kAllReduce, *communicator, message, out.data_ptr(),
+      communicator->choose_tuning(message.num_bytes()));
 }
 
 bool try_all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t max_size) {
@@ -207,7 +208,8 @@ bool try_all_reduce(int64_t fa, const Tensor& inp, Tensor out, int64_t max_size)
   if (!is_supported(*communicator, input, max_size)) return false;
   const Message message = make_message(input);
   check_output(Argument(kAllReduce, "out", out), input, message);
-  run(kAllReduce, *communicator, message, out.data_ptr(), communicator->choose_tuning(message.num_bytes()));
+  run(kAllReduce, *communicator, message, out.data_ptr(),
+      communicator->choose_tuning(message.num_bytes()));
   return true;
 }
 
@@ -217,7 +219,8 @@ std::optional<Tensor> try_all_reduce_new(int64_t fa, const Tensor& inp, int64_t 
   if (!is_supported(*communicator, input, max_size)) return std::nullopt;
   const Message message = make_message(input);
   Tensor out = allocate_like(kAllReduce, input, message);
-  run(kAllReduce, *communicator, message, out.data_ptr(), communicator->choose_tuning(message.num_bytes()));
+  run(kAllReduce, *communicator, message, out.data_ptr(),
+      communicator->choose_tuning(message.num_bytes()));
   return out;
 }
 
@@ -289,12 +292,11 @@ void set_max_blocks(int64_t fa, int64_t max_blocks) {
   find_communicator(kOp, fa)->set_max_blocks(static_cast<int>(max_blocks));
 }
 
-int64_t large_calls() {
-  return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance());
-}
+int64_t large_calls() { return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance()); }
 
 void use_large_calls(int64_t address) {
-  check(address != 0, "custom_ar::_use_large_calls", "address must be what _large_calls returned, got 0");
+  check(address != 0, "custom_ar::_use_large_calls",
+        "address must be what _large_calls returned, got 0");
   stable_common::LargeCalls::use(reinterpret_cast<stable_common::LargeCalls*>(address));
 }
 

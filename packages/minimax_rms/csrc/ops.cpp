@@ -380,12 +380,11 @@ void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, i
   added->set_timeout(timeout);
 }
 
-int64_t large_calls() {
-  return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance());
-}
+int64_t large_calls() { return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance()); }
 
 void use_large_calls(int64_t address) {
-  check(address != 0, "minimax_rms::_use_large_calls", "address must be what _large_calls returned, got 0");
+  check(address != 0, "minimax_rms::_use_large_calls",
+        "address must be what _large_calls returned, got 0");
   stable_common::LargeCalls::use(reinterpret_cast<stable_common::LargeCalls*>(address));
 }
 

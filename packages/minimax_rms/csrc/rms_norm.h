@@ -165,8 +165,8 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,
                             const RmsNormTuning& tuning,
                             const stable_common::DeviceProperties& device, cudaStream_t stream);
 
-// Loads every kernel that launch_rms_norm() can launch for several ranks onto the current device, so
-// that no launch has to.
+// Loads every kernel that launch_rms_norm() can launch for several ranks onto the current device,
+// so that no launch has to.
 cudaError_t load_rms_norm_kernels();
 
 }  // namespace minimax_rms

@@ -13,11 +13,11 @@
 
 namespace stable_common {
 
-// A grid that fills a GPU and waits for a peer keeps every other grid out, also one that a peer waits
-// for meanwhile. Two calls of different objects on two streams so wait for each other, if each is
-// resident on one of two GPUs. Large calls therefore run one after the other, in the order in which
-// the host makes them. Small calls run beside them: of two objects all fit at once, and for each the
-// call that comes next.
+// A grid that fills a GPU and waits for a peer keeps every other grid out, also one that a peer
+// waits for meanwhile. Two calls of different objects on two streams so wait for each other, if
+// each is resident on one of two GPUs. Large calls therefore run one after the other, in the order
+// in which the host makes them. Small calls run beside them: of two objects all fit at once, and
+// for each the call that comes next.
 //
 // Shared by the libraries of all packages in a process: each has one of its own, and uses the one
 // that the first of them announced.
