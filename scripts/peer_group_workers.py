@@ -356,13 +356,14 @@ def compiled_order(
             third = kind.call(other, x)
             return third, second, first
 
-        for function in (swapped, two_owners):
+        functions: list[Callable[..., tuple[Tensor, ...]]] = [swapped, two_owners]
+        for function in functions:
             run = compiled(function)
             for num_tokens in sizes:
                 x, y = rows_of(rank, num_tokens, 2.0), rows_of(rank, num_tokens, 3.0)
-                expected = function(x, y)
+                all_expected = function(x, y)
                 torch.compiler.cudagraph_mark_step_begin()
-                for got, right in zip(run(x, y), expected, strict=True):
+                for got, right in zip(run(x, y), all_expected, strict=True):
                     assert torch.equal(got, right), (function.__name__, num_tokens)
         run = compiled(unused)
         for num_tokens in sizes:

@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "deterministic": deterministic_algorithms,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "anomaly": torch.autograd.detect_anomaly,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
 }
 # Where there is a GPU.
 GPU_DEFAULTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from custom_ar import ops
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Those of vLLM.
@@ -31,7 +33,7 @@ SCHEMAS = {
     "open_mem_handle": "(Tensor mem_handle) -> int",
     "free_shared_buffer": "(int ptr) -> ()",
 }
-DISPATCH_KEYS = {"init_custom_ar": "CUDA", "all_reduce": "CUDA", "open_mem_handle": "CPU"}
+DISPATCH_KEYS = {"init_custom_ar": "CUDA", "all_reduce": "CUDA"}
 FUNCTIONAL = torch.ops.custom_ar.functional_all_reduce
 FUNCTIONAL_OUT = torch.ops.custom_ar.functional_all_reduce_out
 
@@ -211,6 +213,23 @@ def test_functional_opcheck(alone: custom_ar.Communicator, layout: str, dtype: t
     torch.library.opcheck(FUNCTIONAL_OUT.default, (x, alone._order, alone._id, out))
     FUNCTIONAL_OUT(x, alone._order, alone._id, out)
     assert torch.equal(out, x)
+
+
+def test_compiled_calls_copy_nothing(alone: custom_ar.Communicator) -> None:
+    torch.compiler.reset()
+
+    def program(x: Tensor, out: Tensor) -> Tensor:
+        alone.all_reduce(x, out=out)
+        alone.all_reduce(x, out=x)
+        return alone.all_reduce(alone.all_reduce(x))
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(program, fullgraph=True)
+        _, [code] = run_and_get_code(compiled, torch.randn(5), torch.zeros(5))
+    assert code.count("= torch.ops.custom_ar.functional_all_reduce.default(") == 2
+    assert code.count("torch.ops.custom_ar.functional_all_reduce_out.default(") == 2
+    body = code[code.index("def call(") :]
+    assert not re.search(r"empty_strided_cpu\(|\.copy_\(|clone|cpp_fused", body)
 
 
 def test_functional_meta() -> None:
