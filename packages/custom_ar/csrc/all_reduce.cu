@@ -1,5 +1,7 @@
 #include "all_reduce.h"
 
+#include <algorithm>
+
 #include "all_reduce.cuh"
 #include "stable_common/launch.h"
 
@@ -67,20 +69,23 @@ cudaError_t launch_all_reduce(const AllReduceParams& params, ElementType type, i
   }
   stable_common::LaunchConfig config;
   config.grid = dim3(tuning.num_blocks);
-  config.block = dim3(tuning.threads_per_block + device::kControlThreads);
+  config.block = dim3(tuning.threads_per_block + kControlThreads);
   config.stream = stream;
   config.programmatic_dependent_launch = device.has_programmatic_dependent_launch();
   return launch_for_type(params, type, world_size, tuning.algorithm, config);
 }
 
-cudaError_t load_all_reduce_kernels(int world_size) {
+cudaError_t load_all_reduce_kernels(int world_size, int* max_registers) {
+  cudaFuncAttributes attributes = {};
   stable_common::LaunchConfig config;
-  config.only_load = true;
+  config.only_load = &attributes;
+  *max_registers = 0;
   for (const ElementType type :
        {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16}) {
     for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
       const cudaError_t error = launch_for_type({}, type, world_size, algorithm, config);
       if (error != cudaSuccess) return error;
+      *max_registers = std::max(*max_registers, attributes.numRegs);
     }
   }
   return cudaSuccess;

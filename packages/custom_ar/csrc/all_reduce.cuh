@@ -23,9 +23,7 @@ namespace device {
 
 constexpr int kWarpSize = 32;
 
-// The first warp of a block announces the call, checks that the peers announce the same, and keeps
-// count; the others move data.
-constexpr int kControlThreads = kWarpSize;
+static_assert(kControlThreads == kWarpSize);
 
 using Call = stable_common::PeerCall;
 
@@ -271,7 +269,7 @@ struct All {
 // Every rank sends its vectors to all peers and sums what it receives: one crossing of the link,
 // (world size - 1) times the message.
 template <typename Element, int kWorldSize>
-__global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
+__global__ void __launch_bounds__(kMaxDataThreads + kControlThreads)
     one_shot_kernel(const __grid_constant__ AllReduceParams params) {
   using namespace device;
   const bool is_control = threadIdx.x < kControlThreads;
@@ -331,7 +329,7 @@ __global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
 // Reduce-scatter, then all-gather: each rank sums a shard of the message and sends the sum to all.
 // Two crossings, 2 * (world size - 1) / (world size) times the message.
 template <typename Element, int kWorldSize>
-__global__ void __launch_bounds__(kMaxDataThreads + device::kControlThreads)
+__global__ void __launch_bounds__(kMaxDataThreads + kControlThreads)
     two_shot_kernel(const __grid_constant__ AllReduceParams params) {
   using namespace device;
   const bool is_control = threadIdx.x < kControlThreads;

@@ -13,6 +13,9 @@ namespace custom_ar {
 
 constexpr int kVectorBytes = 16;
 constexpr int kMaxDataThreads = 512;
+// The first warp of a block announces the call, checks that the peers announce the same, and keeps
+// count; the others move data.
+constexpr int kControlThreads = 32;
 
 using stable_common::ElementType;
 
@@ -73,7 +76,7 @@ cudaError_t launch_all_reduce(const AllReduceParams& params, ElementType type, i
                               const stable_common::DeviceProperties& device, cudaStream_t stream);
 
 // Loads every kernel that launch_all_reduce() can launch for `world_size` ranks onto the current
-// device, so that no launch has to.
-cudaError_t load_all_reduce_kernels(int world_size);
+// device, so that no launch has to, and returns the most registers of a thread of theirs.
+cudaError_t load_all_reduce_kernels(int world_size, int* max_registers);
 
 }  // namespace custom_ar

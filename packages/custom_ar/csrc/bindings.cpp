@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(custom_ar, m) {
   m.def("_buffer_size(int world_size, int max_size) -> int");
   m.def("_set_timeout(int fa, float seconds) -> ()");
   m.def("_set_max_blocks(int fa, int max_blocks) -> ()");
+  m.def("_keep_mappings(int fa) -> ()");
   m.def("_large_calls() -> int");
   m.def("_use_large_calls(int address) -> ()");
   m.def("_check(int fa) -> ()");
@@ -58,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(custom_ar, CompositeExplicitAutograd, m) {
   m.impl("_buffer_size", TORCH_BOX(&custom_ar::buffer_size));
   m.impl("_set_timeout", TORCH_BOX(&custom_ar::set_timeout));
   m.impl("_set_max_blocks", TORCH_BOX(&custom_ar::set_max_blocks));
+  m.impl("_keep_mappings", TORCH_BOX(&custom_ar::keep_mappings));
   m.impl("_large_calls", TORCH_BOX(&custom_ar::large_calls));
   m.impl("_use_large_calls", TORCH_BOX(&custom_ar::use_large_calls));
   m.impl("_check", TORCH_BOX(&custom_ar::check_calls));

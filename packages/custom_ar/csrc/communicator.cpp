@@ -47,7 +47,12 @@ Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank,
         ".", device_.compute_capability % 10);
   {
     const stable_common::RelaxedCapture relaxed;
-    STABLE_CUDA_CHECK(load_all_reduce_kernels(world_size()));
+    int registers = 0;
+    STABLE_CUDA_CHECK(load_all_reduce_kernels(world_size(), &registers));
+    // Of a multiprocessor, which gives them to threads by eights.
+    constexpr int kRegisters = 1 << 16;
+    resident_threads_ =
+        int64_t{device_.num_multiprocessors} * (kRegisters / ((registers + 7) / 8 * 8));
   }
   // The smallest buffer decides, so that all ranks have slots of one size: each sees the same
   // sizes.
@@ -62,15 +67,17 @@ Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank,
   }
   slot_bytes_ = (buffer_bytes - kHeaderBytes) / kNumSlots / kVectorBytes * kVectorBytes;
   // Ranks of one process are for the caller to order: they wait for each other.
-  has_other_processes_ = std::any_of(buffers_.begin(), buffers_.end(), [](void* buffer) {
+  is_ordered_ = std::any_of(buffers_.begin(), buffers_.end(), [](const void* buffer) {
     return !stable_common::is_allocated_here(buffer);
   });
+  if (is_ordered_) stable_common::LargeCalls::instance().add_object(device_index_);
   add_mappings(buffers_);
 }
 
 Communicator::~Communicator() {
   // Kernels may still run: they end in bounded time. Nothing here can be reported.
   (void)cudaDeviceSynchronize();
+  if (is_ordered_) stable_common::LargeCalls::instance().remove_object(device_index_);
   for (void* address : mappings_) {
     try {
       stable_common::close_if_opened(address);
@@ -85,6 +92,11 @@ void Communicator::add_mappings(const std::vector<void*>& addresses) {
   for (int r = 0; r < world_size(); ++r) {
     if (r != rank_) mappings_.push_back(addresses[r]);
   }
+}
+
+void Communicator::keep_mappings() {
+  const std::lock_guard lock(mutex_);
+  mappings_.clear();
 }
 
 void Communicator::all_reduce(const char* op, const void* input, void* output, int64_t num_elements,
@@ -119,10 +131,11 @@ void Communicator::all_reduce(const char* op, const void* input, void* output, i
       STABLE_CUDA_CHECK(launch_all_reduce(params, type, world_size(), tuning, device_, stream));
     }
   };
-  using stable_common::LargeCalls;
-  if (has_other_processes_ &&
-      LargeCalls::is_large(tuning.num_blocks, tuning.threads_per_block, device_)) {
-    LargeCalls::instance().run(device_index_, stream, launch);
+  if (is_ordered_) {
+    const int64_t num_threads =
+        int64_t{tuning.num_blocks} * (tuning.threads_per_block + kControlThreads);
+    stable_common::LargeCalls::instance().run(device_index_, stream, num_threads,
+                                              resident_threads_, launch);
   } else {
     launch();
   }

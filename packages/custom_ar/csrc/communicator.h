@@ -60,12 +60,15 @@ class Communicator {
 
   // Closes mappings of peers' memory with the communicator.
   void add_mappings(const std::vector<void*>& addresses);
+  // Closes none: that is for the caller, who then learns what fails.
+  void keep_mappings();
 
  private:
   int rank_;
   int device_index_;
   int64_t slot_bytes_ = 0;
-  bool has_other_processes_ = false;
+  int64_t resident_threads_ = 0;  // of the device, at the least
+  bool is_ordered_ = false;       // among the large calls of the process
   int max_blocks_ = std::numeric_limits<int>::max();
   uint64_t timeout_ns_ = 0;  // 0: to be read from the environment
   std::vector<void*> buffers_;

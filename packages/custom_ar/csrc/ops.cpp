@@ -292,6 +292,10 @@ void set_max_blocks(int64_t fa, int64_t max_blocks) {
   find_communicator(kOp, fa)->set_max_blocks(static_cast<int>(max_blocks));
 }
 
+void keep_mappings(int64_t fa) {
+  find_communicator("custom_ar::_keep_mappings", fa)->keep_mappings();
+}
+
 int64_t large_calls() { return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance()); }
 
 void use_large_calls(int64_t address) {

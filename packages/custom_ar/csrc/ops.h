@@ -36,6 +36,7 @@ std::optional<Tensor> try_all_reduce_new(int64_t fa, const Tensor& inp, int64_t 
 int64_t buffer_size(int64_t world_size, int64_t max_size);
 void set_timeout(int64_t fa, double seconds);
 void set_max_blocks(int64_t fa, int64_t max_blocks);
+void keep_mappings(int64_t fa);
 int64_t large_calls();
 void use_large_calls(int64_t address);
 void check_calls(int64_t fa);

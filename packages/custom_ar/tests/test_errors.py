@@ -38,6 +38,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         UNKNOWN_FA,
     ),
     "_set_timeout": (lambda: private._set_timeout(UNKNOWN, 1.0), UNKNOWN_FA),
+    "_keep_mappings": (lambda: private._keep_mappings(UNKNOWN), UNKNOWN_FA),
     "_set_max_blocks": (lambda: private._set_max_blocks(UNKNOWN, 1), UNKNOWN_FA),
     "_set_max_blocks zero": (
         lambda: private._set_max_blocks(UNKNOWN, 0),

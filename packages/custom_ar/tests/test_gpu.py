@@ -761,6 +761,7 @@ def test_disposed(generator: torch.Generator) -> None:
         "register_graph_buffers": ([[], []], [[], []]),
         "_set_timeout": (1.0,),
         "_set_max_blocks": (1,),
+        "_keep_mappings": (),
         "_check": (),
         "_missing_ranks": (),
         "_announce_close": (),

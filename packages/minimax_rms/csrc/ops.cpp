@@ -378,6 +378,7 @@ void register_workspace(const Tensor& workspace, int64_t rank, int64_t nranks, i
                                            static_cast<int>(nranks), argument.device().index);
   added->set_limits(max_tokens, static_cast<int>(num_multiprocessors), shares_gpu);
   added->set_timeout(timeout);
+  if (nranks > 1) added->order_large_calls();
 }
 
 int64_t large_calls() { return reinterpret_cast<int64_t>(&stable_common::LargeCalls::instance()); }

@@ -78,7 +78,8 @@ cudaError_t launch_rms_norm(const RmsNormParams& params, ElementType type,
 cudaError_t load_rms_norm_kernels() {
   constexpr int kWarpSize = 32;
   stable_common::LaunchConfig config;
-  config.only_load = true;
+  cudaFuncAttributes attributes = {};
+  config.only_load = &attributes;
   RmsNormParams params;
   params.num_ranks = 2;
   // One token for a team, and two.

@@ -114,7 +114,10 @@ constexpr int max_threads_of(int warps_per_token) {
 }
 
 // How many such blocks find room on a multiprocessor at the least: threads with 128 registers each.
-constexpr int min_blocks_of(int warps_per_token) { return 512 / max_threads_of(warps_per_token); }
+constexpr int kResidentThreads = 512;
+constexpr int min_blocks_of(int warps_per_token) {
+  return kResidentThreads / max_threads_of(warps_per_token);
+}
 
 // The most vectors of a row that a thread holds, in a team of so many warps; of more vectors only
 // the largest team takes a row.

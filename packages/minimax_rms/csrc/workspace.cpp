@@ -1,5 +1,6 @@
 #include "workspace.h"
 
+#include <algorithm>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -7,6 +8,7 @@
 #include "stable_common/capture.h"
 #include "stable_common/cuda_check.h"
 #include "stable_common/large_calls.h"
+#include "stable_common/peer_memory.h"
 #include "stable_common/stream.h"
 #include "stable_common/tensor_check.h"
 
@@ -59,9 +61,21 @@ Workspace::~Workspace() {
   try {
     const stable_common::CurrentDevice current(device_index_);
     (void)cudaDeviceSynchronize();
+    if (is_ordered_) stable_common::LargeCalls::instance().remove_object(device_index_);
   } catch (...) {
   }
   (void)cudaGetLastError();
+}
+
+void Workspace::order_large_calls() {
+  if (is_ordered_) return;
+  std::vector<void*> buffers(num_ranks_);
+  STABLE_CUDA_CHECK(cudaMemcpy(buffers.data(), &address_[2 * num_ranks_],
+                               buffers.size() * sizeof(void*), cudaMemcpyDeviceToHost));
+  is_ordered_ = std::any_of(buffers.begin(), buffers.end(), [](const void* buffer) {
+    return !stable_common::is_allocated_here(buffer);
+  });
+  if (is_ordered_) stable_common::LargeCalls::instance().add_object(device_index_);
 }
 
 void Workspace::check_capacity(const char* op, int64_t num_tokens) const {
@@ -101,11 +115,11 @@ void Workspace::launch(const char* op, RmsNormParams params, ElementType type,
   const auto launch = [&] {
     STABLE_CUDA_CHECK(launch_rms_norm(params, type, tuning, device_, stream));
   };
-  using stable_common::LargeCalls;
-  // Ranks of a workspace that is not registered may be of one process, and wait for each other.
-  if (is_registered() &&
-      LargeCalls::is_large(tuning.num_blocks, tuning.threads_per_block, device_)) {
-    LargeCalls::instance().run(device_index_, stream, launch);
+  if (is_ordered_) {
+    const int64_t num_threads = int64_t{tuning.num_blocks} * tuning.threads_per_block;
+    stable_common::LargeCalls::instance().run(
+        device_index_, stream, num_threads,
+        int64_t{kResidentThreads} * device_.num_multiprocessors, launch);
   } else {
     launch();
   }

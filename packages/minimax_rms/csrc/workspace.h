@@ -43,6 +43,9 @@ class Workspace {
     num_multiprocessors_ = num_multiprocessors;
     shares_gpu_ = shares_gpu;
   }
+  // From now on large calls are ordered among those of the process. Not for ranks of one process,
+  // which wait for each other.
+  void order_large_calls();
   bool is_registered() const { return max_tokens_ >= 0; }
 
   bool has_failed() const { return failure_.has_failed(); }
@@ -69,6 +72,7 @@ class Workspace {
   int64_t max_tokens_ = -1;  // not known
   int num_multiprocessors_ = 0;
   bool shares_gpu_ = false;
+  bool is_ordered_ = false;
   stable_common::DeviceProperties device_;
   stable_common::PeerFailure failure_;
   std::mutex mutex_;  // guards what follows

@@ -15,19 +15,16 @@ struct LaunchConfig {
   // Lets the grid start while the one before it in the stream still runs: the kernel must call
   // wait_for_previous_grid() before it touches memory that an earlier kernel may write. Needs SM90.
   bool programmatic_dependent_launch = false;
-  // Loads the kernel onto the current device and launches nothing. Else the first launch does it,
-  // which may wait for what runs there: a kernel that waits for a peer then keeps another from
-  // being launched that the peer waits for.
-  bool only_load = false;
+  // If set, the kernel is loaded onto the current device, this is filled, and nothing is launched.
+  // Else the first launch loads it, which may wait for what runs there: a kernel that waits for a
+  // peer then keeps another from being launched that the peer waits for.
+  cudaFuncAttributes* only_load = nullptr;
 };
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Parameters...),
                    Arguments&&... arguments) {
-  if (config.only_load) {
-    cudaFuncAttributes attributes = {};
-    return cudaFuncGetAttributes(&attributes, kernel);
-  }
+  if (config.only_load != nullptr) return cudaFuncGetAttributes(config.only_load, kernel);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
@@ -114,12 +115,15 @@ inline void free_shared(const char* op, const char* name, const char* expected, 
   }
 }
 
-// Whether allocate_shared() of this process returned `address`.
-inline bool is_allocated_here(void* address) {
+// Whether `address` is in what allocate_shared() of this process returned.
+inline bool is_allocated_here(const void* address) {
   PeerMemoryRegistry& registry = PeerMemoryRegistry::instance();
   const std::lock_guard lock(registry.mutex);
-  const auto found = registry.entries.find(address);
-  return found != registry.entries.end() && found->second.num_owned_bytes != 0;
+  const auto* byte = static_cast<const char*>(address);
+  return std::any_of(registry.entries.begin(), registry.entries.end(), [byte](const auto& entry) {
+    const auto* begin = static_cast<const char*>(entry.first);
+    return byte >= begin && byte < begin + entry.second.num_owned_bytes;
+  });
 }
 
 // The bytes from `address` to the end of its allocation: of what allocate_shared() returned, the

@@ -53,6 +53,12 @@ class StreamOrder {
     has_called_ = true;
   }
 
+  // All calls have ended: no stream is waited for, or needs to be there, any more.
+  void forget() {
+    has_called_ = false;
+    has_several_streams_ = false;
+  }
+
  private:
   cudaEvent_t last_call_ = nullptr;
   cudaStream_t last_stream_ = nullptr;
