@@ -3,7 +3,8 @@
 Usage: run.py tests|bench|sanitize [PACKAGE...] [-- ARGUMENT...]
 
 tests     runs the packages' tests; arguments go to pytest
-bench     runs the packages' benchmarks, which write JSON to --output; arguments go to them
+bench     runs the packages' benchmarks, each of which writes JSON to a folder of the package's name
+          in --output; arguments go to them
 sanitize  runs the packages' compute-sanitizer tests; arguments go to pytest
 """
 
@@ -74,12 +75,16 @@ def main() -> int:
             return subprocess.run(command, cwd=BUNDLE, env=environ, check=False).returncode
 
         if arguments.command == "bench":
-            scripts = [BUNDLE / "packages" / p / "benchmarks" / "bench.py" for p in packages]
-            scripts = [script for script in scripts if script.exists()]
+            scripts = {p: BUNDLE / "packages" / p / "benchmarks" / "bench.py" for p in packages}
+            scripts = {p: script for p, script in scripts.items() if script.exists()}
             if not scripts:
                 print(f"no benchmarks in {', '.join(packages)}", file=sys.stderr)
                 return 1
-            codes = [run(sys.executable, s, "--output", output, *rest) for s in scripts]
+            # Results of two packages on the same GPUs have the same name.
+            codes = [
+                run(sys.executable, script, "--output", output / package, *rest)
+                for package, script in scripts.items()
+            ]
         else:
             record = Path(target) / "tests.xml"
             sanitize = arguments.command == "sanitize"
