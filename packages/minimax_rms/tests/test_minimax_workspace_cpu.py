@@ -105,8 +105,10 @@ def test_compiled_calls_keep_their_order(two: Run, how: dict[str, Any]) -> None:
     two(shared.compiled_order, workers.Kind, how)
 
 
-def test_one_compiled_function_serves_many_workspaces(two: Run) -> None:
-    two(shared.compiled_for_many, workers.Kind)
+@pytest.mark.parametrize("dynamic", [None, False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_one_graph_serves_many_workspaces(two: Run, backend: str, dynamic: bool | None) -> None:
+    two(shared.compiled_for_many, workers.Kind, {"backend": backend, "dynamic": dynamic})
 
 
 def test_special_values(three: Run) -> None:

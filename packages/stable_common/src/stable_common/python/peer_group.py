@@ -675,11 +675,15 @@ def id_shaped(identity: int) -> torch.Tensor:
     """An empty tensor of shape ``[identity, 0]``.
 
     ``torch.compile`` specialises on an integer attribute that it reaches through a module or a
-    global variable, and compiles anew for each value. A tensor's size becomes dynamic once it
-    differs, so that one compiled function serves all owners.
+    global variable, and compiles anew for each value. A tensor's size is dynamic if the tensor says
+    so, also with ``dynamic=False``, so that one graph serves all owners.
     """
     with torch.inference_mode(False):
-        return torch.empty((identity, 0), dtype=torch.uint8, device="cpu")
+        result = torch.empty((identity, 0), dtype=torch.uint8, device="cpu")
+    # What torch._dynamo.maybe_mark_dynamic(result, 0) does, without importing torch._dynamo.
+    result._dynamo_weak_dynamic_indices = {0}  # type: ignore[attr-defined]
+    result._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+    return result
 
 
 def first_line(error: Exception) -> str:
