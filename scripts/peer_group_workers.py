@@ -426,6 +426,17 @@ def compiled_for_many(rank: Rank, kind: type[Kind], how: Mapping[str, Any]) -> N
             assert graphs == []
 
 
+def compiled_elsewhere(rank: Rank, kind: type[Kind], device: str, backend: str) -> None:
+    """Calls with CPU tensors of an owner for a device that the kernels are not for."""
+    torch.compiler.reset()
+    with kind.make(rank) as right, kind.make(rank, device=device) as owner:
+        x = rows_of(rank, 3, 2.0)
+        expected = kind.call(right, x)
+        function = torch.compile(kind.call, fullgraph=True, backend=backend)
+        assert torch.equal(kind.call(owner, x), expected)
+        assert torch.equal(function(owner, x), expected)
+
+
 def resource_warnings(drop: Callable[[], None]) -> list[str]:
     """What Python warns of as the last reference to something goes."""
     with warnings.catch_warnings(record=True) as caught:

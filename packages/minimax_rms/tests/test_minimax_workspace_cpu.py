@@ -111,6 +111,12 @@ def test_one_graph_serves_many_workspaces(two: Run, backend: str, dynamic: bool 
     two(shared.compiled_for_many, workers.Kind, {"backend": backend, "dynamic": dynamic})
 
 
+@pytest.mark.parametrize("device", ["meta", "mps"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_calls_for_another_device(two: Run, device: str, backend: str) -> None:
+    two(shared.compiled_elsewhere, workers.Kind, device, backend)
+
+
 def test_special_values(three: Run) -> None:
     three(workers.special_values)
 

@@ -646,8 +646,11 @@ def call_order(device: torch.device) -> torch.Tensor:
     """The tensor that a compiler takes compiled calls to write to, so that it keeps their order.
 
     One per device for all packages and groups: calls of two groups deadlock, too, if their order on
-    a stream differs between ranks.
+    a stream differs between ranks. On the CPU for devices that the operators have no kernels for,
+    which a compiler would else have them run on.
     """
+    if device.type != "cuda":
+        device = torch.device("cpu")
     orders = _shared_by_packages().setdefault("call_order", {})
     if device not in orders:
         with torch.inference_mode(False):
