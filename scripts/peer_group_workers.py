@@ -12,9 +12,11 @@ import itertools
 import os
 import time
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
@@ -95,6 +97,7 @@ class Kind(ABC):
     owner: type[Any]
     module: ModuleType  # that it is defined in
     timeout_variable: str
+    free: str  # the operator that frees and unmaps buffers
     # What it cannot be made without.
     arguments: ClassVar[Mapping[str, Any]] = {}
 
@@ -279,6 +282,68 @@ def closing_with_failures(rank: Rank, kind: type[Kind]) -> list[list[tuple[str, 
         close(None)
         assert os.listdir(f"{rank.directory}/{rank.rank}") == []
     return logs
+
+
+def dropping(rank: Rank, kind: type[Kind]) -> None:
+    """What was closed or dropped keeps no group, and what was dropped no file."""
+
+    def num_files() -> int:
+        files = Path("/proc/self/fd").iterdir()
+        return sum("stable-kernels-" in os.readlink(file) for file in files if file.is_symlink())
+
+    before = num_files()
+    with kind.stand_in(rank) as ops:
+        owner = kind.make(rank)
+        peers = weakref.ref(owner._peers)
+        assert num_files() == before + 1
+        if rank.rank == 0:
+            owner.close()
+        dist.barrier(rank.group)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            del owner
+            gc.collect()
+        assert peers() is None
+        # The first rank looks there still for what the others never say.
+        assert num_files() == before + (rank.rank == 0)
+        dist.barrier(rank.group)
+        kind.module.free_closed()
+        assert len(ops.own) == 1
+
+
+def set_up_fails_and_unmapping(rank: Rank, kind: type[Kind]) -> list[tuple[str, str]]:
+    """The second rank cannot unmap its peer's memory after a failure: said once, and both keep it.
+
+    Returns what was logged.
+    """
+    package = kind.owner.__module__.partition(".")[0]
+    error = RuntimeError("cannot unmap") if rank.rank == 1 else None
+    with kind.stand_in(rank, "writes") as ops, logged(package) as lines:
+        with mock.patch.object(ops, kind.free, side_effect=error, wraps=getattr(ops, kind.free)):
+            kind.make(rank)
+        assert len(ops.own) == 1
+        return [line for line in lines if ": close: " in line[1]]
+
+
+def set_up_fails_and_group(rank: Rank, kind: type[Kind]) -> None:
+    """The group dies as the ranks agree on what they have unmapped: each buffer is freed, once."""
+    step = kind.module.PeerGroup.step
+
+    def dying_step(self: Any, what: str, function: Callable[[], Any]) -> list[Any]:
+        results = step(self, what, function)
+        if what == "close its mappings":
+            raise ConnectionError("the group died")
+        return results
+
+    with (
+        kind.stand_in(rank, "writes") as ops,
+        mock.patch.object(kind.module.PeerGroup, "step", dying_step),
+    ):
+        assert error_of(kind.make, rank) == ("ConnectionError", "the group died")
+        dist.barrier(rank.group)
+        kind.module.free_closed()
+        assert ops.holds_nothing()
+        assert ops.calls.count(kind.free) == rank.world_size
 
 
 def closing_after_a_failure(rank: Rank, kind: type[Kind]) -> list[list[tuple[str, str]]]:

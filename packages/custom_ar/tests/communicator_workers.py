@@ -376,6 +376,7 @@ class Kind(peer_group_workers.Kind):
     owner = custom_ar.Communicator
     module = module
     timeout_variable = "CUSTOM_AR_TIMEOUT"
+    free = "free_shared_buffer"
     fallback = staticmethod(fallback)
     default_group = staticmethod(default_group)
     call = staticmethod(custom_ar.Communicator.all_reduce)

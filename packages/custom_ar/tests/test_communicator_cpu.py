@@ -323,6 +323,19 @@ def test_closing_fails_on_one_rank(two: Run) -> None:
     assert bad == [[("WARNING", text)], [], []]
 
 
+def test_closed_and_dropped_keep_no_group(two: Run) -> None:
+    two(shared.dropping, workers.Kind)
+
+
+def test_setting_up_and_unmapping_fail(two: Run) -> None:
+    line = ("WARNING", "custom_ar: rank 1: close: cannot unmap")
+    assert two(shared.set_up_fails_and_unmapping, workers.Kind) == [[], [line]]
+
+
+def test_group_dies_after_setting_up_failed(two: Run) -> None:
+    two(shared.set_up_fails_and_group, workers.Kind)
+
+
 def test_closing_reports_a_failure(two: Run) -> None:
     for rank, logs in enumerate(two(shared.closing_after_a_failure, workers.Kind)):
         text = f"custom_ar: rank {rank}: close: a call has failed"

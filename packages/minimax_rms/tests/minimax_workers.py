@@ -370,6 +370,7 @@ class Kind(peer_group_workers.Kind):
     owner = minimax_rms.Workspace
     module = module
     timeout_variable = "MINIMAX_RMS_TIMEOUT"
+    free = "_free"
     arguments: ClassVar[dict[str, Any]] = {"max_tokens": 8}
     fallback = staticmethod(fallback)
     default_group = staticmethod(default_group)
@@ -491,7 +492,7 @@ def forgotten(rank: Rank) -> list[str]:
         assert ops.own
         [registered] = ops.registered
         assert registered is memory.tensor
-        assert module._dropped == [memory]
+        assert module._dropped[-1] is memory
     kept = [minimax_rms.Workspace(rank.group, 8, rank.device)]
     named = (kept[0]._order, kept[0]._id)
     assert resource_warnings(kept.clear) == []

@@ -50,7 +50,7 @@ class Memory(Protocol):
         """Map the peers' buffers and make what works on them. ``handles``: of all ranks."""
 
     def close_mappings(self) -> list[str]:
-        """End that, and unmap the peers' buffers; return what went wrong."""
+        """End that, and unmap the peers' buffers; return what went wrong. Nothing if repeated."""
 
     def free(self) -> list[str]:
         """Free the own buffer; return what went wrong."""
@@ -77,6 +77,10 @@ class PeerGroup:
         self._package = owner.partition(".")[0]
         self._logger = logging.getLogger(self._package)
         self._unmapped = UnmappedFlags(self.rank, self.size)
+        # Without the group, which may be destroyed long before the last error is logged.
+        self._log_close = partial(
+            self._logger.warning, "%s: rank %d: close: %s", self._package, self.rank
+        )
 
     def exchange_facts(self, facts: Facts | None, argument_error: str | None) -> list[Facts]:
         """Exchange what the ranks start from; one that has bad arguments has ``argument_error``.
@@ -138,7 +142,8 @@ class PeerGroup:
         """Share ``num_bytes`` of each rank with its peers and try them.
 
         Args:
-            memory: of this rank; holds nothing afterwards if anything failed.
+            memory: of this rank; if anything failed, it is given back: the own buffer once no
+                peer maps it any more, as :meth:`release` does.
             num_bytes: of the own buffer.
             check_access: raises if it is known that a peer's memory is out of reach.
             probe: raises unless what the peers write arrives.
@@ -147,6 +152,30 @@ class PeerGroup:
             None, or what failed on whichever rank; the same text on all.
         """
         free_closed()
+        try:
+            failure = self._try_set_up(memory, num_bytes, check_access, probe)
+            if failure is None:
+                return None
+            # No one frees memory that a peer may still map.
+            with contextlib.suppress(StepFailed):
+                if all(self.step("close its mappings", lambda: self._unmap(memory))):
+                    _free(self._unmapped, memory, self._log_close)
+                    return failure
+        except BaseException:
+            # The group itself failed, so there is no one to agree with.
+            self.release(memory)
+            raise
+        self.release(memory)
+        return failure
+
+    def _try_set_up(
+        self,
+        memory: Memory,
+        num_bytes: int,
+        check_access: Callable[[], None],
+        probe: Callable[[], None],
+    ) -> str | None:
+        """Return None, or what failed; ``memory`` holds then what it got."""
         flags = self._unmapped
 
         def open_all(shared: Sequence[tuple[Any, list[int]]]) -> None:
@@ -162,18 +191,7 @@ class PeerGroup:
             flags.unlink()
             self.step("verify its peers' writes", probe)
         except StepFailed as failure:
-            # No one frees memory that a peer may still map.
-            with contextlib.suppress(StepFailed):
-                if not any(self.step("close its mappings", lambda: self._unmap(memory))):
-                    flags.close()
-                    memory.free()
-                    return str(failure)
-            self.release(memory)
             return str(failure)
-        except BaseException:
-            # The group itself failed, so there is no one to agree with.
-            self.release(memory)
-            raise
         finally:
             flags.unlink()
         return None
@@ -233,31 +251,23 @@ class PeerGroup:
         next of this process that is made or closed; or until the process ends. Waits for no peer.
         What fails is logged.
         """
-        for error in self._unmap(memory):
-            self._log_close(error)
+        self._unmap(memory)
         with _closed_lock:
-            _closed.append((self, memory))
+            _closed.append((self._unmapped, memory, self._log_close))
         free_closed()
 
-    def free_if_unmapped(self, memory: Memory) -> bool:
-        """Free the own buffer if no peer maps it any more; return whether that was so."""
-        if not self._unmapped.is_set_by_all():
-            return False
-        self._unmapped.close()
-        for error in memory.free():
-            self._log_close(error)
-        return True
+    def _unmap(self, memory: Memory) -> bool:
+        """Unmap the peers' buffers and say so, unless something went wrong; return whether not.
 
-    def _unmap(self, memory: Memory) -> list[str]:
-        """Unmap the peers' buffers and, unless something went wrong, say so; return what did."""
+        What did is logged.
+        """
         errors = memory.close_mappings()
+        for error in errors:
+            self._log_close(error)
         if errors:
             self._unmapped.close()
         self._unmapped.set()
-        return errors
-
-    def _log_close(self, error: str) -> None:
-        self._logger.warning("%s: rank %d: close: %s", self._package, self.rank, error)
+        return not errors
 
 
 class UnmappedFlags:
@@ -317,24 +327,38 @@ class UnmappedFlags:
         return found == b"\1" * self._size
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Peers of a rank that did so before it set its flag keep their buffers."""
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _path_of(self, token: bytes) -> str:
         return f"{self._DIRECTORY}/stable-kernels-{token.hex()}"
 
 
-# What was closed, and has a buffer still that a peer may map.
-_closed: list[tuple[PeerGroup, Memory]] = []
+# What was closed, and has a buffer still that a peer may map: nothing that has the process group.
+_closed: list[tuple[UnmappedFlags, Memory, Callable[[str], None]]] = []
 _closed_lock = threading.Lock()
 
 
 def free_closed() -> None:
     """Free the buffers of what was closed, of each whose peers have all unmapped it."""
     with _closed_lock:
-        _closed[:] = [entry for entry in _closed if not entry[0].free_if_unmapped(entry[1])]
+        is_unmapped = [flags.is_set_by_all() for flags, _, _ in _closed]
+        unmapped = list(itertools.compress(_closed, is_unmapped))
+        _closed[:] = [entry for entry, is_ in zip(_closed, is_unmapped, strict=True) if not is_]
+    for entry in unmapped:
+        _free(*entry)
+
+
+def _free(flags: UnmappedFlags, memory: Memory, log: Callable[[str], None]) -> None:
+    """Free the own buffer, which no peer maps any more."""
+    flags.close()
+    for error in memory.free():
+        log(error)
 
 
 class PeerBuffers:
