@@ -293,9 +293,10 @@ def test_closing_waits_for_no_peer(two: Run) -> None:
 
 def test_closing_fails_on_one_rank(two: Run) -> None:
     text = "minimax_rms: rank 1: close: _announce_close failed\nand more lines"
+    unmapping = "minimax_rms: rank 1: close: _free failed\nand more lines"
     good, bad = two(shared.closing_with_failures, workers.Kind)
-    assert good == [[], [], []]
-    assert bad == [[("WARNING", text)], [], []]
+    assert good == [[], [], [], []]
+    assert bad == [[("WARNING", text)], [("WARNING", unmapping)], [], []]
 
 
 def test_closed_and_dropped_keep_no_group(two: Run) -> None:

@@ -431,10 +431,10 @@ class _SharedMemory:
         with torch.cuda.device(self._device):
             rank_data = torch.empty(1, dtype=torch.uint8, device=self._device)
             self.fa = _ops.init_custom_ar(addresses, rank_data, self._rank, True)
+            # Else dispose() would unmap them, and say nothing of what went wrong.
+            _ops._keep_mappings(self.fa)
             if self._max_blocks is not None:
                 _ops._set_max_blocks(self.fa, self._max_blocks)
-        # `fa` unmaps them from now on.
-        self._buffers.hand_over_mappings()
 
     def close_mappings(self) -> list[str]:
         """End ``fa`` and unmap the peers' buffers; return what went wrong."""

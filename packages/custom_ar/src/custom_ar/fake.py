@@ -43,6 +43,7 @@ for _name in (
     "allocate_shared_buffer_and_handle",
     "open_mem_handle",
     "free_shared_buffer",
+    "_keep_mappings",
     "_try_all_reduce",
     "_try_all_reduce_new",
     "_set_timeout",

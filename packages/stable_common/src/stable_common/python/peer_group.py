@@ -411,10 +411,6 @@ class PeerBuffers:
                 addresses.append(address)
         return addresses
 
-    def hand_over_mappings(self) -> None:
-        """Leave it to others to unmap the buffers of the peers."""
-        self._opened.clear()
-
     def close_mappings(self) -> list[str]:
         """Unmap the buffers of the peers; return what went wrong."""
         opened, self._opened = self._opened, []
