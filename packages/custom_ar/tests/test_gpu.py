@@ -111,6 +111,21 @@ def test_lengths(
         assert not any(ranks.failures())
 
 
+@pytest.mark.parametrize("max_blocks", [1, 3, 33])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_limited_blocks(generator: torch.Generator, world_size: int, max_blocks: int) -> None:
+    """Of messages in one shot and in two, with fewer blocks than they are tuned for and as many."""
+    with LocalRanks(world_size, max_size=4 << 20) as ranks:
+        for fa in ranks.fas:
+            ranks.ops._set_max_blocks(fa, max_blocks)
+        algorithms = set()
+        for length in (1, 2048, 65_537, 300_000, (2 << 20) - 7, 2 << 20):
+            algorithms.add(ranks.ops._choose_tuning(world_size, 2 * length)[0])
+            check(ranks, random_inputs(world_size, length, torch.bfloat16, generator))
+        assert algorithms == {0, 1}
+        assert not any(ranks.failures())
+
+
 @all_tunings
 @all_world_sizes
 def test_any_alignment(

@@ -17,6 +17,7 @@ MAX_RANKS = 16
 WORD_BYTES = 8
 HEADER_BYTES = 768
 LINE_BYTES = 128
+CLOSED = 48  # the first of the words of the header that say which peers have closed
 # Words of the header that are its owner's, after those that peers write.
 BEGUN, COMPLETED, CLAIMED = 64, 65, 66
 CALL_SHIFT = 40

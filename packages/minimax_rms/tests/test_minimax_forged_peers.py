@@ -12,6 +12,7 @@ from minimax_arithmetic import assert_rounded, assert_same_bits, scaled
 from minimax_cases import EPS, TUNINGS, Problem, make_problem, num_elements
 from minimax_forged_peers import (
     BEGUN,
+    CLOSED,
     COMPLETED,
     ForgedPeers,
     as_words,
@@ -205,6 +206,47 @@ def test_words_come_one_by_one(generator: torch.Generator, tuning: tuple[int, ..
                 assert_rounded(part, exact_part, f"call {call}")
             assert ranks.failure(0) == ""
             assert forged.inbox_is_empty()
+
+
+def test_peer_closes_while_another_is_awaited(generator: torch.Generator) -> None:
+    """It announces the call and closes at once, as many blocks look at these words in turn.
+
+    Some see the closing just after they found no announcement: that ends no wait for the other.
+    """
+    closing, late = 1, 2
+    problem = make_problem(3, 600, (640, 128), torch.bfloat16, generator)
+    sums = sums_of(problem)
+    with LocalRanks(3) as ranks:
+        warm_up(ranks, problem)
+        forged = ForgedPeers(ranks)
+        words = words_of(ranks, 0)
+        side = torch.cuda.Stream()
+        # The first time loads what is needed while a kernel waits later.
+        for call in range(FIRST + 1, FIRST + 21):
+            is_awaited = call > FIRST + 1
+            where = torch.tensor([descriptor_index(call, closing), CLOSED + closing], device="cuda")
+            values = torch.tensor([descriptor(problem, call), header_word(1)], device="cuda")
+            words[CLOSED + closing] = header_word(0)
+            forged.send(sums, call, peers=[closing])
+            forged.announce(problem, call, [late])
+            ranks.reserve(problem)
+            torch.cuda.synchronize()
+            if is_awaited:
+                with torch.cuda.stream(ranks.streams[0]):
+                    outputs = ranks.call(0, problem)
+                time.sleep(0.005)
+            with torch.cuda.stream(side):
+                words.index_copy_(0, where, values)
+                side.synchronize()
+                time.sleep(0.005)
+                forged.send(sums, call, peers=[late])
+            side.synchronize()
+            if not is_awaited:
+                [outputs] = ranks.run(problem, ranks=[0])
+            torch.cuda.synchronize()
+            assert ranks.failure(0) == ""
+            for part, exact_part in zip(outputs, problem.exact()[0], strict=True):
+                assert_rounded(part, exact_part, f"call {call}")
 
 
 @pytest.mark.parametrize("sent", [0, 1, 12, 19])
