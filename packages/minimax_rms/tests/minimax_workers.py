@@ -463,7 +463,11 @@ def out_of_memory(rank: Rank) -> None:
         ):
             failing = mock.Mock(side_effect=RuntimeError(text))
             with (
-                mock.patch.multiple(module, _rms=failing, _rms_qk=failing),
+                mock.patch.multiple(
+                    module,
+                    _rms=minimax_rms.ops.minimax_allreduce_rms,
+                    _rms_qk=minimax_rms.ops.minimax_allreduce_rms_qk,
+                ),
                 mock.patch.multiple(
                     minimax_rms.ops, _allreduce_rms=failing, _allreduce_rms_qk=failing
                 ),

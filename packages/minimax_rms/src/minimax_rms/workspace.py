@@ -15,7 +15,6 @@ from torch.compiler import is_compiling
 from . import __version__ as _VERSION
 from . import reference
 from ._library import registrations
-from ._out_of_memory import raise_out_of_memory
 from ._peer_group import (
     PROBE_SECONDS,
     PeerBuffers,
@@ -37,6 +36,8 @@ from ._peer_group import (
 from ._peer_group import Facts as _Facts
 from ._peer_group import check_peer_access as _check_peer_access
 from ._peer_group import host as _host
+from .ops import minimax_allreduce_rms as _rms
+from .ops import minimax_allreduce_rms_qk as _rms_qk
 
 TIMEOUT_VARIABLE = "MINIMAX_RMS_TIMEOUT"
 MAX_RANKS = 16
@@ -50,8 +51,6 @@ _PROBE_VALUES = 61
 
 _NAME = "minimax_rms.Workspace"
 _ops = torch.ops.minimax_rms
-_rms = _ops.minimax_allreduce_rms.default
-_rms_qk = _ops.minimax_allreduce_rms_qk.default
 
 share_large_calls(_ops)
 
@@ -159,8 +158,8 @@ class Workspace:
         All ranks must call, in the same order and with the same number of tokens, width, dtype and
         ``eps``, each with its slice of the rows. Through the kernels: nothing waits on the host,
         the call can be captured in a CUDA graph, and calls on several streams are ordered as they
-        are made; graphs that replay on several streams at once are for the caller to order. No
-        gradient is recorded.
+        are made; graphs that replay on several streams, or beside eager calls on another, are for
+        the caller to order. No gradient is recorded.
         Under ``torch.compile`` it is ``torch.ops.minimax_rms.functional_allreduce_rms``: calls keep
         their order, also among several workspaces, and those with unused results are made.
 
@@ -179,19 +178,13 @@ class Workspace:
                 has failed, for good: which rank did not take part, or on what ranks disagree.
             torch.OutOfMemoryError: a result cannot be allocated.
         """
-        result: Tensor
         if is_compiling():
-            result = torch.ops.minimax_rms.functional_allreduce_rms(
+            result: Tensor = torch.ops.minimax_rms.functional_allreduce_rms(
                 x, weight, eps, self._order, self._id_shaped.shape[0]
             )
             return result
         if self._workspace is not None:
-            try:
-                result = _rms(x, weight, self._workspace, self.rank, self.nranks, eps)
-            except RuntimeError as error:
-                raise_out_of_memory(error)
-                raise
-            return result
+            return _rms(x, weight, self._workspace, self.rank, self.nranks, eps)
         return self._allreduce_rms_otherwise(x, weight, eps)
 
     def allreduce_rms_qk(
@@ -225,22 +218,17 @@ class Workspace:
             )
             return q, k
         if self._workspace is not None:
-            try:
-                q, k = _rms_qk(
-                    qkv,
-                    weight_q,
-                    weight_k,
-                    self._workspace,
-                    weight_q.numel(),
-                    weight_k.numel(),
-                    self.rank,
-                    self.nranks,
-                    eps,
-                )
-            except RuntimeError as error:
-                raise_out_of_memory(error)
-                raise
-            return q, k
+            return _rms_qk(
+                qkv,
+                weight_q,
+                weight_k,
+                self._workspace,
+                weight_q.numel(),
+                weight_k.numel(),
+                self.rank,
+                self.nranks,
+                eps,
+            )
         return self._allreduce_rms_qk_otherwise(qkv, weight_q, weight_k, eps)
 
     @property
@@ -335,8 +323,7 @@ class Workspace:
         _ops._check_minimax_allreduce_rms(x, weight, _no_workspace(), 0, 1, eps)
         self._require_room("minimax_allreduce_rms", x)
         if self.nranks == 1 or x.shape[0] == 0:
-            result: Tensor = _rms(x, weight, _no_workspace(), 0, 1, eps)
-            return result
+            return _rms(x, weight, _no_workspace(), 0, 1, eps)
         [total] = self._totals([x])
         return reference.normalize(x, weight, total, self.nranks, eps)
 
@@ -350,8 +337,7 @@ class Workspace:
         )
         self._require_room("minimax_allreduce_rms_qk", qkv)
         if self.nranks == 1 or qkv.shape[0] == 0:
-            q, k = _rms_qk(qkv, weight_q, weight_k, _no_workspace(), *sizes, 0, 1, eps)
-            return q, k
+            return _rms_qk(qkv, weight_q, weight_k, _no_workspace(), *sizes, 0, 1, eps)
         q, k = reference.split_qk(qkv, *sizes)
         total_q, total_k = self._totals([q, k])
         return (
