@@ -48,7 +48,6 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: private._use_large_calls(0),
         "address must be what _large_calls returned, got 0",
     ),
-    "_keep_mappings": (lambda: private._keep_mappings(UNKNOWN), UNKNOWN_FA),
     "_missing_ranks": (lambda: private._missing_ranks(UNKNOWN), UNKNOWN_FA),
     "_announce_close": (lambda: private._announce_close(UNKNOWN), UNKNOWN_FA),
     "_choose_tuning no peer": (

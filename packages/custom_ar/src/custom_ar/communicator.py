@@ -165,7 +165,7 @@ class Communicator:
         once, so all ranks get the same bits; nothing waits on the host; the call can be captured in
         a CUDA graph, and ``x`` may be freed or overwritten right after it as after any torch
         operation. Calls on several streams are ordered as they are made; graphs that replay on
-        several streams at once are for the caller to order. An empty ``x`` is no call. No gradient
+        several streams, or beside eager calls on another, are for the caller to order. An empty ``x`` is no call. No gradient
         is recorded, for ``out`` neither. Under ``torch.compile`` it is
         ``torch.ops.custom_ar.functional_all_reduce``, or ``functional_all_reduce_out``: calls keep
         their order, also among several communicators, and those with unused results are made.
@@ -499,7 +499,7 @@ def _check_out(x: Tensor, out: Tensor) -> None:
         _has_strides(out, x.stride()) or _has_strides(out, like_x.stride()),
         f"have the strides of x, {list(x.stride())}, got {list(out.stride())}",
     )
-    require(0 not in _strides(out), f"not overlap itself, got strides {list(out.stride())}")
+    require(not _may_overlap_itself(out), f"not overlap itself, got strides {list(out.stride())}")
     begin, end = _extent(x)
     out_begin, out_end = _extent(out)
     # Two with gaps may lie in each other's.
@@ -520,8 +520,15 @@ def _has_strides(x: Tensor, strides: Sequence[int]) -> bool:
     )
 
 
-def _strides(x: Tensor) -> list[int]:
-    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
+def _may_overlap_itself(x: Tensor) -> bool:
+    """Whether some stride is shorter than what the dimensions of smaller strides span."""
+    length = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride < length:
+                return True
+            length += (size - 1) * stride
+    return False
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
