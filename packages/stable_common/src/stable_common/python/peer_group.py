@@ -248,8 +248,8 @@ class PeerGroup:
         """Unmap the peers' buffers; free the own one if no peer maps it any more.
 
         Else it stays until the last peer has unmapped it and :func:`free_closed` is called, by the
-        next of this process that is made or closed; or until the process ends. Waits for no peer.
-        What fails is logged.
+        next of this process that is made or closed; or until the process ends. Waits for no peer,
+        and for the device. What fails is logged.
         """
         self._unmap(memory)
         with _closed_lock:
@@ -257,10 +257,7 @@ class PeerGroup:
         free_closed()
 
     def _unmap(self, memory: Memory) -> bool:
-        """Unmap the peers' buffers and say so, unless something went wrong; return whether not.
-
-        What did is logged.
-        """
+        """Unmap the peers' buffers and tell them; return False, and log it, if that went wrong."""
         errors = memory.close_mappings()
         for error in errors:
             self._log_close(error)
