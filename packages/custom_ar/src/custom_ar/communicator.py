@@ -165,10 +165,10 @@ class Communicator:
         once, so all ranks get the same bits; nothing waits on the host; the call can be captured in
         a CUDA graph, and ``x`` may be freed or overwritten right after it as after any torch
         operation. Calls on several streams are ordered as they are made; graphs that replay on
-        several streams, or beside eager calls on another, are for the caller to order. An empty ``x`` is no call. No gradient
-        is recorded, for ``out`` neither. Under ``torch.compile`` it is
-        ``torch.ops.custom_ar.functional_all_reduce``, or ``functional_all_reduce_out``: calls keep
-        their order, also among several communicators, and those with unused results are made.
+        several streams, or beside eager calls on another, are for the caller to order. An empty
+        ``x`` is no call. No gradient is recorded, for ``out`` neither. Under ``torch.compile`` it
+        is ``torch.ops.custom_ar.functional_all_reduce``, or ``functional_all_reduce_out``: calls
+        keep their order, also among several communicators, and those with unused results are made.
 
         Args:
             x: what to sum; any tensor that the group's backend takes.
