@@ -1,6 +1,6 @@
 // Which tuning a call gets: from the figures of two and of four H200s in
-// benchmarks/results/tuning_*.json. Other world sizes take the blocks of four by what a rank sends or
-// sums, and where one shot ends follows from a model that the figures of both fit.
+// benchmarks/results/tuning_*.json. Other world sizes take the blocks of four by what a rank sends
+// or sums, and where one shot ends follows from a model that the figures of both fit.
 //
 // All of it pushes. A kernel loads from a peer more slowly than it stores to it (`ceilings.kernels`
 // in benchmarks/results/*.json), a pull has to wait for word that the data is there, and kernels
@@ -27,7 +27,7 @@ struct TuningEntry {
 
 // By the size of the message, of which each thread sends its part to all.
 constexpr TuningEntry kOneShot[] = {
-    {4 * kKiB, 4, 64, 1},      {8 * kKiB, 4, 128, 1},     {32 * kKiB, 32, 64, 1},
+    {4 * kKiB, 4, 64, 1},      {8 * kKiB, 4, 128, 1},    {32 * kKiB, 32, 64, 1},
     {64 * kKiB, 64, 64, 1},    {128 * kKiB, 128, 64, 1}, {256 * kKiB, 128, 128, 1},
     {512 * kKiB, 264, 128, 1}, {kMiB, 528, 128, 1},
 };

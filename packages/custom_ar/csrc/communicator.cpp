@@ -68,7 +68,7 @@ Communicator::Communicator(const char* op, std::vector<void*> buffers, int rank,
   slot_bytes_ = (buffer_bytes - kHeaderBytes) / kNumSlots / kVectorBytes * kVectorBytes;
   // Ranks of one process are for the caller to order: they wait for each other.
   is_ordered_ = std::any_of(buffers_.begin(), buffers_.end(), [](const void* buffer) {
-    return !stable_common::is_allocated_here(buffer);
+    return stable_common::allocated_bytes(buffer) == 0;
   });
   if (is_ordered_) stable_common::LargeCalls::instance().add_object(device_index_);
   add_mappings(buffers_);
@@ -134,8 +134,8 @@ void Communicator::all_reduce(const char* op, const void* input, void* output, i
   if (is_ordered_) {
     const int64_t num_threads =
         int64_t{tuning.num_blocks} * (tuning.threads_per_block + kControlThreads);
-    stable_common::LargeCalls::instance().run(device_index_, stream, num_threads,
-                                              resident_threads_, launch);
+    stable_common::LargeCalls::instance().run(device_index_, stream, num_threads, resident_threads_,
+                                              launch);
   } else {
     launch();
   }

@@ -73,7 +73,7 @@ void Workspace::order_large_calls() {
   STABLE_CUDA_CHECK(cudaMemcpy(buffers.data(), &address_[2 * num_ranks_],
                                buffers.size() * sizeof(void*), cudaMemcpyDeviceToHost));
   is_ordered_ = std::any_of(buffers.begin(), buffers.end(), [](const void* buffer) {
-    return !stable_common::is_allocated_here(buffer);
+    return stable_common::allocated_bytes(buffer) == 0;
   });
   if (is_ordered_) stable_common::LargeCalls::instance().add_object(device_index_);
 }
@@ -118,8 +118,8 @@ void Workspace::launch(const char* op, RmsNormParams params, ElementType type,
   if (is_ordered_) {
     const int64_t num_threads = int64_t{tuning.num_blocks} * tuning.threads_per_block;
     stable_common::LargeCalls::instance().run(
-        device_index_, stream, num_threads,
-        int64_t{kResidentThreads} * device_.num_multiprocessors, launch);
+        device_index_, stream, num_threads, int64_t{kResidentThreads} * device_.num_multiprocessors,
+        launch);
   } else {
     launch();
   }

@@ -13,11 +13,12 @@
 
 namespace stable_common {
 
-// A grid that fills a GPU and waits for a peer keeps every other grid out, also one that a peer waits
-// for meanwhile. Calls of two objects (communicators, workspaces) on two streams so wait for each
-// other, if each is resident on one of two GPUs. Large calls therefore run one after the other, in
-// the order in which the host makes them. Small calls run beside them, in any order: all of them are
-// resident at once, those of one object and, of every other, a call and the one after it.
+// A grid that fills a GPU and waits for a peer keeps every other grid out, also one that a peer
+// waits for meanwhile. Calls of two objects (communicators, workspaces) on two streams so wait for
+// each other, if each is resident on one of two GPUs. Large calls therefore run one after the
+// other, in the order in which the host makes them. Small calls run beside them, in any order: all
+// of them are resident at once, those of one object and, of every other, a call and the one after
+// it.
 //
 // Shared by the libraries of all packages in a process: each has one of its own, and uses the one
 // that the first of them announced.
@@ -44,8 +45,8 @@ class LargeCalls {
     if (cudaDeviceSynchronize() == cudaSuccess) device.streams.forget();
   }
 
-  // Calls launch(), which launches a grid of `num_threads` on `stream`, after the last large call of
-  // another stream if this one is large. `resident_threads` of such grids fit the device.
+  // Calls launch(), which launches a grid of `num_threads` on `stream`, after the last large call
+  // of another stream if this one is large. `resident_threads` of such grids fit the device.
   template <typename Launch>
   void run(int device_index, cudaStream_t stream, int64_t num_threads, int64_t resident_threads,
            const Launch& launch) {

@@ -58,7 +58,8 @@ struct FailureRecord {
 // Descriptors of kSlots calls in a row have places of their own, a power of two. A call is
 // announced while peers may still be in the call before, so two are enough for ranks that look
 // whether the call before has failed, and then announce. One that has failed in call n may have
-// begun call n + 1, and a peer may still be in call n - 1: to announce without a look takes three, and so four.
+// begun call n + 1, and a peer may still be in call n - 1: to announce without a look takes three,
+// and so four.
 template <int kRanks, uint64_t kEmpty, int kSlots = 2>
 struct CallHeader {
   static constexpr int kMaxRanks = kRanks;

@@ -4,7 +4,6 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
@@ -115,29 +114,24 @@ inline void free_shared(const char* op, const char* name, const char* expected, 
   }
 }
 
-// Whether `address` is in what allocate_shared() of this process returned.
-inline bool is_allocated_here(const void* address) {
+// The bytes from `address` to the end of what allocate_shared() of this process returned; 0 if it
+// is elsewhere.
+inline int64_t allocated_bytes(const void* address) {
   PeerMemoryRegistry& registry = PeerMemoryRegistry::instance();
   const std::lock_guard lock(registry.mutex);
   const auto* byte = static_cast<const char*>(address);
-  return std::any_of(registry.entries.begin(), registry.entries.end(), [byte](const auto& entry) {
-    const auto* begin = static_cast<const char*>(entry.first);
-    return byte >= begin && byte < begin + entry.second.num_owned_bytes;
-  });
+  for (const auto& [begin, entry] : registry.entries) {
+    const char* const end = static_cast<const char*>(begin) + entry.num_owned_bytes;
+    if (byte >= begin && byte < end) return end - byte;
+  }
+  return 0;
 }
 
 // The bytes from `address` to the end of its allocation: of what allocate_shared() returned, the
 // same in the process that allocated it and in those that map it.
 inline int64_t shared_bytes(const char* op, void* address) {
-  {
-    // Asked first: the driver need not be.
-    PeerMemoryRegistry& registry = PeerMemoryRegistry::instance();
-    const std::lock_guard lock(registry.mutex);
-    const auto found = registry.entries.find(address);
-    if (found != registry.entries.end() && found->second.num_owned_bytes != 0) {
-      return found->second.num_owned_bytes;
-    }
-  }
+  // Asked first: the driver need not be, and tools may let it answer with more.
+  if (const int64_t bytes = allocated_bytes(address)) return bytes;
   static const auto get_range =
       driver_function<decltype(&cuMemGetAddressRange)>("cuMemGetAddressRange", 3020);
   check(get_range != nullptr, op, "the driver lacks cuMemGetAddressRange");
