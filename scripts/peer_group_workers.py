@@ -333,7 +333,7 @@ def set_up_fails_and_group(rank: Rank, kind: type[Kind]) -> None:
     step = kind.module.PeerGroup.step
 
     def dying_step(self: Any, what: str, function: Callable[[], Any]) -> list[Any]:
-        results = step(self, what, function)
+        results: list[Any] = step(self, what, function)
         if what == "close its mappings":
             raise ConnectionError("the group died")
         return results

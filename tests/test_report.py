@@ -139,13 +139,24 @@ def made_up_all_reduces(bench: ModuleType, world_size: int) -> dict[str, Any]:
     return bench.report_record(environment, ceilings, records, host)
 
 
+def with_goals(root: Path, package: str, goals: list[float]) -> Path:
+    """Aim at these in the runs that have goals first, whatever is aimed at today."""
+    path = root / package / "benchmarks" / "references.json"
+    references = json.loads(path.read_text())
+    first = references["goals"][0]
+    first["us"] = dict(zip(first["us"], goals, strict=True))
+    path.write_text(json.dumps(references))
+    return root
+
+
 @pytest.fixture
 def ar_tree(ar_bench, tmp_path: Path) -> Path:
     """A repository with made-up results of custom_ar: on 2 GPUs, and on 3, which have no goals."""
     results = {
         result_name("Made-up GPU", size): made_up_all_reduces(ar_bench, size) for size in (2, 3)
     }
-    return make_tree(tmp_path, AR, results)
+    goals = [2.7, 2.8, 3.3, 3.6, 6.0, 8.7, 14.8, 27, 97]
+    return with_goals(make_tree(tmp_path, AR, results), AR, goals)
 
 
 def made_up_norms(bench: ModuleType, gpu: str, ranks: int) -> dict[str, Any]:
@@ -173,7 +184,7 @@ def rms_tree(rms_bench, tmp_path: Path) -> Path:
         result_name(gpu, ranks): made_up_norms(rms_bench, gpu, ranks)
         for gpu, ranks in (("Made-up GPU", 2), ("NVIDIA H200", 2), ("NVIDIA H200", 8))
     }
-    return make_tree(tmp_path, RMS, results)
+    return with_goals(make_tree(tmp_path, RMS, results), RMS, [2.9, 2.9, 3.2, 4.2, 8.8, 31])
 
 
 def test_report_is_fresh():
